@@ -6,8 +6,8 @@ Imports torch where the model is one of transformers' (`workers.model.reading`).
 import math
 
 from workers.config import ResolvedWorker, WorkerConfig
-from workers.model.architectures import ModelConfig
-from workers.model.fields import CheckpointError
+from workers.model.config.architectures import ModelConfig
+from workers.model.config.fields import CheckpointError
 from workers.model.pooling import read_uses
 from workers.model.reading import DecoderConfig, read_model
 from workers.model.sources.find import find_checkpoint

@@ -21,11 +21,11 @@ PURE = [
     "workers.loop.link",
     "workers.loop.reports",
     "workers.loop.simulated",
-    "workers.model.architectures",
-    "workers.model.fields",
+    "workers.model.config.architectures",
+    "workers.model.config.fields",
     "workers.model.reading",
-    "workers.model.rope_settings",
-    "workers.model.rotary",
+    "workers.model.config.rope_settings",
+    "workers.model.config.rope",
 ]
 
 
@@ -45,7 +45,8 @@ def test_a_cpu_needs_no_triton() -> None:
     """It is not on every platform, and takes a second to import."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import cluster.local.process, workers.actor, workers.attention.select, workers.build, workers.execution.runner"
+        "import cluster.local.process, workers.process.actor, workers.process.build\n"
+        "import workers.attention.select, workers.execution.cpu.runner"
     )
     result = run(code)
     assert result.returncode == 0, result.stderr

@@ -20,14 +20,14 @@ something that a library prints
 REPLICA = """\
 WARNING 2026-12-01 01:22:46,100 controller 77 -- Replica failed
 INFO 2026-12-01 01:22:48,100 controller 77 -- done
-{"time":"2026-12-01T01:22:49.000Z","level":"CRITICAL","logger":"workers.life","message":"gone"}
+{"time":"2026-12-01T01:22:49.000Z","level":"CRITICAL","logger":"workers.process.life","message":"gone"}
 """
 SAID = [
     "[77] WARNING 2026-12-01 01:22:46,100 controller 77 -- Replica failed",
     "[12] 2026-12-01T01:22:46.566Z ERROR deploy.engine: the cluster could not be started role=engine",
     "[12] Traceback (most recent call last):",
     "[12] ValueError: no room",
-    '[77] {"time":"2026-12-01T01:22:49.000Z","level":"CRITICAL","logger":"workers.life","message":"gone"}',
+    '[77] {"time":"2026-12-01T01:22:49.000Z","level":"CRITICAL","logger":"workers.process.life","message":"gone"}',
 ]
 THEN_S = 1_000_000.0
 

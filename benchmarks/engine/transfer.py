@@ -32,7 +32,6 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
 from scheduler.protocol.sampling import SamplingParams
-from workers.build import build_rank
 from workers.config import WorkerConfig
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport
@@ -40,6 +39,7 @@ from workers.moving.mover import BlockMover, Transport
 from workers.moving.pairs import PairWire
 from workers.moving.transport import SocketTransport, SocketWire
 from workers.parallel.in_process import Solo
+from workers.process.build import build_rank
 
 TOKEN = "benchmark"
 HERE, THERE = 0, 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from workers.model.architectures import ModelConfig, read_config
+from workers.model.config.architectures import ModelConfig, read_config
 from workers.model.lora.files import CONFIG, PROJECTIONS, TENSORS, shape_of
 
 

@@ -52,8 +52,8 @@ def measure_rank(rank: int, size: int, address: str, pipe: Any) -> None:
 
 
 def ways(comm: Any, rows: int, width: int) -> dict[str, Callable[[], object]]:
-    from workers.kernels.norm import add_rms_norm
-    from workers.kernels.reduce import sum_add_rms_norm, sum_rows
+    from workers.kernels.rows.norm import add_rms_norm
+    from workers.kernels.rows.reduce import sum_add_rms_norm, sum_rows
 
     x, hidden, weight = numbers(comm.rank, rows, width), numbers(-1, rows, width), numbers(-2, 1, width)[0]
     x.mul_(0.0)  # summed again and again, in place
@@ -69,8 +69,8 @@ def ways(comm: Any, rows: int, width: int) -> dict[str, Callable[[], object]]:
 
 
 def check(comm: Any, rows: int, width: int) -> None:
-    from workers.kernels.norm import add_rms_norm
-    from workers.kernels.reduce import sum_add_rms_norm, sum_rows
+    from workers.kernels.rows.norm import add_rms_norm
+    from workers.kernels.rows.reduce import sum_add_rms_norm, sum_rows
     from workers.parallel.in_process import sum_in_rank_order
 
     mine = numbers(comm.rank, rows, width)

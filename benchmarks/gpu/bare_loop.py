@@ -15,10 +15,10 @@ from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
-from workers.build import build_rank
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Executor, Pending, StepTokens
 from workers.parallel.in_process import Solo
+from workers.process.build import build_rank
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from kvcache.layout import FP8, BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend
 from workers.attention.select import select_backend
-from workers.execution.step import StepInput
+from workers.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)

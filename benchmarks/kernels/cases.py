@@ -13,13 +13,14 @@ from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from workers.kernels.activation import silu_mul
-from workers.kernels.embed import embed_norm
-from workers.kernels.norm import add_rms_norm, rms_norm
+from workers.kernels.heads.rope import qk_norm_rope_write
+from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.products.matvec import MAX_TOKENS, Tiling, matvec
-from workers.kernels.rope import qk_norm_rope_write
-from workers.kernels.turn import HeadTurn
-from workers.model.rotary import Rope, Rotary
+from workers.kernels.rows.activation import silu_mul
+from workers.kernels.rows.embed import embed_norm
+from workers.kernels.rows.norm import add_rms_norm, rms_norm
+from workers.model.config.rope import Rope
+from workers.model.layers.rotary import Rotary
 
 EPS = 1e-6
 DTYPE = torch.bfloat16

@@ -28,12 +28,12 @@ from benchmarks.kernels.cases import (
     frobenius,
     normal,
 )
-from workers.kernels.activation import silu_mul
 from workers.kernels.lora.few import FewRows, LowRank, ShrinkTiling, list_slots
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
-from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, choose_adapted, matvec
+from workers.kernels.rows.activation import silu_mul
+from workers.kernels.rows.norm import add_rms_norm, rms_norm
 
 SLOTS = 8
 

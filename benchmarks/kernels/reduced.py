@@ -29,12 +29,12 @@ from benchmarks.kernels.cases import (
     normal,
     poisoned,
 )
-from workers.kernels.norm import rms_norm, rounded_norm
 from workers.kernels.products.many import product as many_tokens
 from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
-from workers.kernels.products.reduced import BLOCK, Reduced, Rounded
-from workers.kernels.rounding import rounded
+from workers.kernels.reduced import BLOCK, Reduced, Rounded
+from workers.kernels.rows.norm import rms_norm, rounded_norm
+from workers.kernels.rows.rounding import rounded
 
 FORMS = {"FP8": (8, 0), "FP8-blocks": (8, 128), "int4": (4, 128)}
 """bits, and columns that share a scale; 0 for a row. Of blocks 128 rows share it too."""

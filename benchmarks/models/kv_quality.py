@@ -24,7 +24,7 @@ from deploy.text.sources import Source
 from deploy.text.tokenizer import Tokenizer
 from examples.train_tiny import HELD_OUT, library_sources  # type: ignore[import-not-found]  # a folder of scripts
 from workers.config import KV_DTYPES
-from workers.model.architectures import DTYPES, torch_dtype
+from workers.model.config.architectures import DTYPES, torch_dtype
 from workers.model.footprint import footprint
 from workers.model.reading import read_model
 

@@ -22,10 +22,10 @@ from safetensors import safe_open
 
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import positive
-from workers.model.architectures import ModelConfig, read_config, torch_dtype
+from workers.model.checkpoint.stretches import THREADS
+from workers.model.checkpoint.weights import Checkpoint, ModelPart, Piece
+from workers.model.config.architectures import ModelConfig, read_config, torch_dtype
 from workers.model.decoder import EMBEDDING, HEAD, Decoder
-from workers.model.stretches import THREADS
-from workers.model.weights import Checkpoint, ModelPart, Piece
 from workers.parallel.silent import Silent
 
 

@@ -58,8 +58,8 @@ def asks(draw: random.Random, count: int) -> list[Ask]:
 
 
 def widths() -> list[Ask]:
-    """Prompts of every width that a step may have on a CPU (`workers/cpu/padding.py`): a rank compiles kernels for each and
-    keeps them, which would else look like growth over thousands of requests."""
+    """Prompts of every width that a step may have on a CPU (`workers/model/layers/padding.py`): a rank compiles kernels for
+    each and keeps them, which would else look like growth over thousands of requests."""
     draw, sizes = random.Random(1), [*range(1, 16), *(round(16 * 2 ** (at / 16)) for at in range(7 * 16)), LONGEST]
     return [Ask(completion(draw.choices(range(VOCABULARY), k=size), 1)) for size in sizes if size <= LONGEST]
 

@@ -15,7 +15,7 @@ from cluster.fleet.group import GroupHandle
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats
-from workers.actor import GroupHandover
+from workers.process.actor import GroupHandover
 
 logger = logging.getLogger(__name__)
 

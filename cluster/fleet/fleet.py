@@ -23,8 +23,8 @@ from scheduler.config import QueueBounds
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, GroupStats
 from workers.config import ResolvedWorker
-from workers.model.progress import DOWNLOADING, in_words
-from workers.model.progress import Progress as Report
+from workers.model.sources.progress import DOWNLOADING, in_words
+from workers.model.sources.progress import Progress as Report
 
 logger = logging.getLogger(__name__)
 

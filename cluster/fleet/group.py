@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.engine import EngineError
 from cluster.fleet.estate import Owner, Remains, actor_of
 from scheduler.server.stats import GroupStart
-from workers.actor import CALLS, WorkerActor
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
+from workers.process.actor import CALLS, WorkerActor
 
 logger = logging.getLogger(__name__)
 

@@ -13,18 +13,18 @@ from typing import Protocol
 
 from kvcache.ids import GroupId
 from scheduler.protocol.leaders import Command, End, FromLeader
-from workers.build import Built, build_rank
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.adapters import GatheredReads
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.reports import Reporter
-from workers.model.progress import DOWNLOADING, in_words
 from workers.model.sources.files import Need
 from workers.model.sources.find import find_checkpoint
+from workers.model.sources.progress import DOWNLOADING, in_words
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mover import BlockMover
 from workers.parallel.connect import PeerLost
 from workers.parallel.in_process import ThreadGroup
+from workers.process.build import Built, build_rank
 
 logger = logging.getLogger(__name__)
 

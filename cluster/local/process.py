@@ -24,8 +24,8 @@ from kvcache.ids import GroupId
 from scheduler.logs import configure, configured_format
 from scheduler.protocol.leaders import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
-from workers.build import settle
 from workers.config import ResolvedWorker, WorkerConfig
+from workers.process.build import settle
 
 
 class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):

@@ -48,7 +48,7 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     Errors: ValueError for a model that is not served so.
     """
     from cluster.resolve import check_adapters, model_length
-    from workers.model.architectures import torch_dtype
+    from workers.model.config.architectures import torch_dtype
     from workers.model.footprint import footprint
     from workers.model.reading import read_model
     from workers.model.sources.files import Need

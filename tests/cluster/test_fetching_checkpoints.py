@@ -13,7 +13,7 @@ from cluster.fleet.group import GroupHandle
 from deploy import LLM, SamplingParams
 from tests.hub import Hub, hub_of
 from workers.config import ResolvedWorker, WorkerConfig
-from workers.model.progress import DOWNLOADING
+from workers.model.sources.progress import DOWNLOADING
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 NAME = "org/tiny"

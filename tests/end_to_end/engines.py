@@ -10,7 +10,7 @@ from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from deploy.text.sources import Source
 from kvcache.layout import FP8, BlockLayout
-from workers.model.architectures import read_config
+from workers.model.config.architectures import read_config
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LLAMA, MISTRAL, QWEN2, QWEN3 = ARCHITECTURES

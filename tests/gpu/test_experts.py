@@ -18,11 +18,11 @@ from tests.gpu.works import DEVICE, GPU, SHAPE, VOCAB, loop, mixture
 from tests.quantising import MXFP4, is_stack, quantise
 from tests.tokenizers import EOS, byte_level, save
 from tests.workers.stepping import Stepped, Work
-from workers.execution.gpu_runner import GpuRunner
-from workers.model.architectures import read_config
+from workers.execution.gpu.runner import GpuRunner
+from workers.model.config.architectures import read_config
 from workers.model.decoder import load_model
-from workers.model.experts import Mixture
-from workers.model.fused import FusedDecoder
+from workers.model.gpu.fused import FusedDecoder
+from workers.model.layers.experts import Mixture
 from workers.parallel.connect import Solo
 
 pytestmark = GPU

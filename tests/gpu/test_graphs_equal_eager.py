@@ -15,7 +15,7 @@ from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw
 from tests.gpu.judge import Judge, first_apart
 from tests.gpu.works import GPU, VOCAB, checkpoint, loop, mixture
 from tests.workers.stepping import Lease, Stepped, Work
-from workers.execution.gpu_runner import GpuRunner
+from workers.execution.gpu.runner import GpuRunner
 
 pytestmark = GPU
 

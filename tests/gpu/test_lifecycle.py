@@ -17,7 +17,7 @@ from scheduler.protocol.sampling import SamplingParams
 from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, REGEX, constrained, loop, mixture
 from tests.workers.stepping import Lease, Stepped, Work
-from workers.execution.gpu_runner import GpuRunner
+from workers.execution.gpu.runner import GpuRunner
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending
 

@@ -16,10 +16,10 @@ from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw
 from tests.gpu.judge import Judge
 from tests.gpu.works import GPU, checkpoint, constrained, loop
 from tests.workers.stepping import Lease, Work
-from workers.execution.gpu_runner import GpuRunner
+from workers.execution.gpu.runner import GpuRunner
 from workers.kernels.products.matvec import Tiling, choose_adapted
-from workers.model import fused
-from workers.model.architectures import read_config
+from workers.model.config.architectures import read_config
+from workers.model.gpu import fused
 from workers.model.lora.files import read_adapter
 
 pytestmark = GPU

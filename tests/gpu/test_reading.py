@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.gpu.works import GPU
-from workers.model import stretches as module
-from workers.model.stretches import StretchReader, Wanted, extents
+from workers.model.checkpoint import stretches as module
+from workers.model.checkpoint.stretches import StretchReader, Wanted, extents
 
 pytestmark = GPU
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}

@@ -13,8 +13,8 @@ from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, constrained, loop, mixture
 from tests.workers.pattern import FINITE, NAN, fill, require_untouched
 from tests.workers.stepping import Lease, Stepped, Work
-from workers.execution.gpu_runner import GpuRunner
-from workers.execution.graphs import StepGraphs
+from workers.execution.gpu.graphs import StepGraphs
+from workers.execution.gpu.runner import GpuRunner
 
 pytestmark = GPU
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tests.workers.attention.dense_attention import DenseAttention
 from workers.config import ReadingConfig
-from workers.execution.step import StepInput
-from workers.model.architectures import ModelConfig
+from workers.model.config.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
 from workers.model.reading import read_model
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import Solo, ThreadGroup
+from workers.step import StepInput
 
 BLOCK_SIZE, BLOCKS_EACH, SEQUENCES = 16, 8, 4
 CPU = torch.device("cpu")

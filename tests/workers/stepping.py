@@ -21,11 +21,11 @@ from cluster.resolve import resolve
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Copy, Drop, Grant, LeaseId, Remap, Start
 from scheduler.protocol.messages import NO_TOKEN, Adapter, FinishReason, Payload, Pooled, Pooling, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
-from workers.build import build_rank
 from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank, StepResult
 from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
+from workers.process.build import build_rank
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32", "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 256,

@@ -1,7 +1,7 @@
 """The interfaces of the attention backends: write this step's KV into the pool, attend over blocks.
 
 A backend is made for the layers of one model, whose forms (`workers.attention.forms.Form`) it is told; None: all are plain.
-Imports torch, `workers.execution.step` and `workers.kernels.attention.prefixes`.
+Imports torch, `workers.step` and `workers.kernels.attention.prefixes`.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from workers.execution.step import StepInput
 from workers.kernels.attention.prefixes import PrefixLimits, SharedPrefixes
-from workers.kernels.turn import HeadTurn
+from workers.kernels.heads.turn import HeadTurn
+from workers.step import StepInput
 
 
 class AttentionBackend(Protocol):

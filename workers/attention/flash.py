@@ -24,9 +24,9 @@ from kvcache.pool import KVPool
 from workers.attention.base import Chunks
 from workers.attention.forms import Form, plain_forms
 from workers.attention.write import KvWriter, TorchWriter, dense_rows
-from workers.execution.step import StepInput
 from workers.kernels.attention.prefixes import NOT_SHARED, SharedPrefixes
-from workers.kernels.turn import HeadTurn
+from workers.kernels.heads.turn import HeadTurn
+from workers.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workers.attention.base import Chunks, PagedAttention
 from workers.kernels.attention.prefixes import NOT_SHARED, SharedPrefixes
-from workers.kernels.turn import HeadTurn
+from workers.kernels.heads.turn import HeadTurn
 
 Plans = dict[PagedAttention, Any]
 """Of one step, by backend."""

@@ -12,12 +12,12 @@ import torch
 
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend, PagedAttention
+from workers.attention.cpu.native import NativeAttention, NativeUnavailable
+from workers.attention.cpu.plain import CpuAttention
+from workers.attention.cpu.varied import VariedAttention
 from workers.attention.flash import FlashAttention, load_kernels
 from workers.attention.forms import Form, HeadShape, plain_forms
 from workers.attention.mixed import MixedAttention
-from workers.cpu.attention import CpuAttention
-from workers.cpu.native import NativeAttention, NativeUnavailable
-from workers.cpu.varied import VariedAttention
 
 if TYPE_CHECKING:
     from workers.attention.triton import TritonAttention

@@ -15,13 +15,13 @@ from kvcache.pool import KVPool
 from workers.attention.base import Chunks
 from workers.attention.forms import Form, HeadShape
 from workers.attention.write import dense_rows
-from workers.execution.step import StepInput
 from workers.kernels.attention.chunks import ChunkAttention
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import FEW_ROWS, SOME_ROWS
 from workers.kernels.attention.prefixes import SharedPrefixes
-from workers.kernels.fp8 import stored
-from workers.kernels.turn import HeadTurn
+from workers.kernels.heads.fp8 import stored
+from workers.kernels.heads.turn import HeadTurn
+from workers.step import StepInput
 
 TURNED_ROWS = 32
 """Decodes up to which a launch of their own for norms, rotation and KV write costs more than to do it in the attention."""

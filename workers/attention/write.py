@@ -23,7 +23,7 @@ class KvWriter(Protocol):
 
 def stored(states: Tensor, scale: float) -> Tensor:
     """Keys or values as a pool in FP8 has them: divided by their scale, in float32, and rounded to the nearest number of
-    float8_e4m3fn, or to its largest (448) beyond that. NaN stays NaN. The kernels do the same (`workers.kernels.fp8`)."""
+    float8_e4m3fn, or to its largest (448) beyond that. NaN stays NaN. The kernels do the same (`workers.kernels.heads.fp8`)."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     return (states.float() / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn)
 

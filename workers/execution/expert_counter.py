@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from scheduler.protocol.leaders import ExpertLoad
-from workers.model.experts import ExpertCounts
+from workers.model.layers.experts import ExpertCounts
 
 INTERVAL_S = 5.0
 

@@ -6,7 +6,7 @@ import torch
 
 from kvcache.layout import BlockLayout, KVScales
 from workers.config import ResolvedWorker, WorkerConfig
-from workers.model.architectures import RankShape
+from workers.model.config.architectures import RankShape
 from workers.model.reading import DecoderConfig
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints

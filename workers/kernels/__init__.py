@@ -1,1 +1,1 @@
-"""Triton kernels by themselves, each with its reference in torch beside it."""
+"""Triton kernels by themselves, each with its reference in torch beside it, and what they take."""

@@ -1,1 +1,1 @@
-"""The decoder: what a checkpoint says, its weights, its layers."""
+"""Decoders: what a checkpoint says, its weights, its layers, and who runs them."""

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from workers.attention.base import AttentionBackend
-from workers.cpu.padding import padded, padded_rows
-from workers.execution.step import StepInput
-from workers.model.architectures import ModelConfig, RankShape
-from workers.model.classifier import Classifier
-from workers.model.experts import Mixture, count_experts
-from workers.model.kv_scales import scale_names
-from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
-from workers.model.progress import Progress
+from workers.model.checkpoint.kv_scales import scale_names
+from workers.model.checkpoint.weights import Checkpoint, ModelPart, Piece, Target
+from workers.model.config.architectures import ModelConfig, RankShape
+from workers.model.layers.classifier import Classifier
+from workers.model.layers.experts import Mixture, count_experts
+from workers.model.layers.linear import Linear, RowParallelLinear, can_pack
+from workers.model.layers.mlp import SwiGLU
+from workers.model.layers.norm import RMSNorm
+from workers.model.layers.padding import padded, padded_rows
+from workers.model.layers.rotary import Rotary, Turns
+from workers.model.layers.vocabulary import Head, VocabParallelEmbedding
 from workers.model.quantization.forms import Forms, keeps_fewer_bits
-from workers.model.rotary import Rotary, Turns
-from workers.model.weights import Checkpoint, ModelPart, Piece, Target
+from workers.model.sources.progress import Progress
 from workers.parallel.communicator import Communicator
+from workers.step import StepInput
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +282,7 @@ def load_model(
 ) -> Decoder:
     """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError.
 
-    attention: None where others run the layers (`fused`), or until it is set. max_model_len: positions that will be used;
+    attention: None where others run the layers (`gpu.fused`), or until it is set. max_model_len: positions that will be used;
     None: as many as the model has. score_tokens: as in `Classifier`.
     """
     shape = config.shard(comm.rank, comm.size)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from kvcache.layout import BlockLayout
-from workers.model.architectures import ModelConfig
+from workers.model.checkpoint.dtype import kv_dtype_name
+from workers.model.config.architectures import ModelConfig
 from workers.model.decoder import EMBEDDING, HEAD, Decoder
-from workers.model.dtype import kv_dtype_name
 from workers.model.lora.slots import AdapterSlots
 from workers.model.quantization.forms import Forms
 from workers.model.reading import DecoderConfig

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from workers.config import WorkerConfig
-from workers.model.architectures import ModelConfig
+from workers.model.config.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
 from workers.model.lora.slots import AdapterSlots
-from workers.model.progress import Progress
 from workers.model.reading import DecoderConfig
+from workers.model.sources.progress import Progress
 from workers.parallel.communicator import Communicator
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workers.model.architectures import ModelConfig
-from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.config.architectures import ModelConfig
+from workers.model.config.fields import CheckpointError, Fields, read_json
 from workers.model.reading import DecoderConfig
 from workers.model.sources.files import MODULES_FILE
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer

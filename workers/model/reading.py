@@ -1,6 +1,6 @@
 """Which of the two makers of decoders a checkpoint is for, and what is known of it before its weights are read.
 
-    native         one class for some architectures, with fused kernels (`architectures`, `decoder`, `fused`)
+    native         one class for some architectures, with fused kernels (`config.architectures`, `decoder`, `gpu.fused`)
     transformers   transformers' own class of the architecture, with our attention (`transformers`)
 
 Imports no torch for a native one.
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from workers.config import USUAL, ReadingConfig
-from workers.model.architectures import ARCHITECTURES, ModelConfig, read_config
-from workers.model.fields import CheckpointError, read_json
-from workers.model.quantization.scheme import chosen
+from workers.model.config.architectures import ARCHITECTURES, ModelConfig, read_config
+from workers.model.config.fields import CheckpointError, read_json
+from workers.model.config.quantization import chosen
 
 if TYPE_CHECKING:
     from workers.model.transformers.config import TransformersConfig

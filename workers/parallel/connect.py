@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from workers.cpu import shared_memory
-from workers.cpu.shared_memory import SharedMemoryGroup
+from workers.parallel import shared_memory
 from workers.parallel.communicator import JoinedGroup
 from workers.parallel.in_process import PeerLost, Solo, ThreadGroup, sum_in_rank_order
+from workers.parallel.shared_memory import SharedMemoryGroup
 
 __all__ = ["PeerLost", "SharedMemoryGroup", "Solo", "ThreadGroup", "TorchGroup", "connect", "sum_in_rank_order"]
 
 if TYPE_CHECKING:
-    from workers.kernels.reduce import Peers
+    from workers.kernels.rows.reduce import Peers
     from workers.parallel.peer_memory import PeerMemory
 
 logger = logging.getLogger(__name__)

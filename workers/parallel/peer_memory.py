@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
-from workers.kernels.reduce import Peers, sum_rows, takes
+from workers.kernels.rows.reduce import Peers, sum_rows, takes
 
 ROWS, ROW_BYTES = 128, 32 << 10
 """Room for decodes of so many sequences, of hidden sizes up to 16,384 in 16 bits. Larger sums are NCCL's: they are bound by the

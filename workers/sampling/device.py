@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scheduler.protocol.sampling import SamplingParams
 from workers.kernels.sampling import marks
+from workers.kernels.sampling.record import FLAGS, PENALISED, STOPS_BARRED
 from workers.kernels.sampling.sample import Tables, Workspace, geometry, sample
 from workers.parallel.communicator import Communicator
 from workers.sampling import logprobs, settings
@@ -75,8 +76,8 @@ class DeviceSampler:
         record = settings.record(
             params, seed=seed, choice=choice, stop_ids=stop_ids, prompt_tokens=len(prompt), vocab_size=self._vocab_size
         )
-        flags = int(record[settings.FLAGS])
-        penalised, barred = flags & settings.PENALISED, flags & settings.STOPS_BARRED
+        flags = int(record[FLAGS])
+        penalised, barred = flags & PENALISED, flags & STOPS_BARRED
         nothing = np.zeros(0, np.int32)
         if penalised or barred:
             self._marks[row].zero_()

@@ -1,32 +1,31 @@
-"""The record of sampling settings that a resident row has on the device: its layout, and how one is filled. NumPy only.
-
-    word   0      1  2      3, 4    5, 6   7, 8       9          10          11         12        13 ..
-    what   flags  T  top_k  stream  top_p  log min_p  stop_from  repetition  frequency  presence  free
-
-T and the penalties are float32, top_p and log min_p float64 in two words, the noise stream uint64 in two words, low first.
-`workers.kernels.sampling.sample` reads it by these numbers.
-"""
+"""How one row samples, as the record that it has on the device (`kernels.sampling.record`). NumPy only."""
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduler.protocol.sampling import SamplingParams
-from workers.sampling import noise
-
-WORDS = 16
-FLAGS, TEMPERATURE, TOP_K, STREAM, TOP_P, LOG_MIN_P, STOP_FROM, REPETITION, FREQUENCY, PRESENCE = (
-    0, 1, 2, 3, 5, 7, 9, 10, 11, 12,
+from workers.kernels.sampling.record import (
+    BIASED,
+    CONSTRAINED,
+    FLAGS,
+    FREQUENCY,
+    HAS_MIN_P,
+    HAS_TOP_K,
+    HAS_TOP_P,
+    LOG_MIN_P,
+    PENALISED,
+    PRESENCE,
+    REPETITION,
+    SAMPLED,
+    STOP_FROM,
+    STOPS_BARRED,
+    STREAM,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    WORDS,
 )  # fmt: skip
-
-SAMPLED = 1
-"""Flags. Not greedy: the noise counts."""
-HAS_TOP_K = 2
-HAS_TOP_P = 4
-HAS_MIN_P = 8
-BIASED = 16
-STOPS_BARRED = 32
-PENALISED = 64
-CONSTRAINED = 128
+from workers.sampling import noise
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: logits / temperature would overflow."""

@@ -15,12 +15,12 @@ from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
 from tests.checkpoints import make_checkpoint
 from tests.quantising import MXFP4, is_stack, quantise
-from workers.build import LOADING, build_rank
-from workers.model.architectures import torch_dtype
-from workers.model.fields import CheckpointError
+from workers.model.config.architectures import torch_dtype
+from workers.model.config.fields import CheckpointError
 from workers.model.footprint import footprint
 from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
+from workers.process.build import LOADING, build_rank
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma4_text", "deepseek_v3", "gpt_oss"])

@@ -27,13 +27,13 @@ from scheduler.protocol.wire import listen
 from scheduler.server.server import SchedulerServer
 from scheduler.server.stats import ClusterStatus
 from scheduler.server.vitals import Vitals
-from workers.build import build_rank
 from workers.loop.leader import LinkClosed, lead
 from workers.loop.link import SocketLink
 from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
 from workers.moving.mover import BlockMover
 from workers.parallel.connect import Solo
+from workers.process.build import build_rank
 
 TOKEN = "secret"
 HOST = "127.0.0.1"

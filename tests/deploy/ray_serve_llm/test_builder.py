@@ -12,7 +12,7 @@ from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError
 from deploy.ray_serve_llm.builder import read_args
 from manta.serve.llm import LLMConfig, LLMServingArgs, ModelLoadingConfig, build_further_model, build_openai_app
 from tests.hub import put_into_cache
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 
 TINY = str(EMBEDDED_MODEL)
 HOST = "127.0.0.1"

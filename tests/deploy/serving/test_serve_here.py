@@ -50,7 +50,7 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
         assert process.wait(PATIENCE_S) == 128 + number
     said = log.read_text()
     assert "Traceback" not in said
-    for line in ("workers.build: model: ", "workers.attention.select: attention: ", "workers.build: KV pool: "):
+    for line in ("workers.process.build: model: ", "workers.attention.select: attention: ", "workers.process.build: KV pool: "):
         assert line in said, "what the start has chosen"
 
 

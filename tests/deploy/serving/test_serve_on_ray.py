@@ -56,7 +56,7 @@ from pathlib import Path
 class Gate:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        while name == "workers.life" and not Path({gate!r}).exists():
+        while name == "workers.process.life" and not Path({gate!r}).exists():
             time.sleep(0.05)
 
 sys.meta_path.insert(0, Gate)

@@ -21,7 +21,7 @@ from tests.end_to_end.engines import LLAMA, QWEN3, greedy, kv_memory, open_llm, 
 from tests.end_to_end.prompts import PROMPTS, SAMPLING, draw
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
-from tests.workers.model.test_kv_scales import PROJECTIONS, with_scales
+from tests.workers.model.checkpoint.test_kv_scales import PROJECTIONS, with_scales
 
 NARROW: dict[str, Any] = {"dtype": "float64", "kv_dtype": "fp8"}
 

@@ -13,7 +13,7 @@ from scheduler.sequence import State
 from tests.end_to_end.engines import QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle
-from workers.execution.runner import ModelRunner
+from workers.execution.cpu.runner import ModelRunner
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from workers.execution.runner import ModelRunner
+from workers.execution.cpu.runner import ModelRunner
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.forms import Form
-from workers.execution.step import StepInput
+from workers.step import StepInput
 
 SPARE_BLOCKS = 3
 NO_BLOCK = 1 << 30

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.workers.attention.attention_reference import dense
 from workers.attention.forms import Form, plain_forms
-from workers.execution.step import StepInput
-from workers.model.architectures import RankShape
+from workers.model.config.architectures import RankShape
+from workers.step import StepInput
 
 
 class DenseAttention:

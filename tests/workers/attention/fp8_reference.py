@@ -12,7 +12,7 @@ from kvcache.layout import FP8, BlockLayout, KVScales
 from kvcache.pool import KVPool
 from tests.workers.attention.attention_reference import blocks_of, dense, to_device
 from workers.attention.forms import Form
-from workers.execution.step import StepInput
+from workers.step import StepInput
 
 SCALES = (0.37, 0.81)
 NAN = 0x7F

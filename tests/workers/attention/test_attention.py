@@ -18,13 +18,13 @@ from tests.workers.attention import fake_flash_attn
 from tests.workers.attention.attention_reference import Problem, make_problem, make_step
 from tests.workers.kernels.devices import CUDA, gpu
 from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
+from workers.attention.cpu.native import FLAGS, NativeAttention, NativeUnavailable, load_library
+from workers.attention.cpu.plain import CpuAttention
 from workers.attention.flash import FlashAttention, load_kernels
 from workers.attention.forms import Form
 from workers.attention.mixed import MixedAttention
 from workers.attention.select import select_backend, select_device_backends
 from workers.attention.write import TorchWriter
-from workers.cpu.attention import CpuAttention
-from workers.cpu.native import FLAGS, NativeAttention, NativeUnavailable, load_library
 from workers.kernels.attention.form import Reach
 
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
@@ -325,9 +325,9 @@ def test_processes_that_build_at_once_share_one_library(monkeypatch: pytest.Monk
     """Built in haste: what is built does not matter here."""
     _native(_pool(), 2)
     quick = tuple("-O0" if flag.startswith("-O") else flag for flag in FLAGS)
-    monkeypatch.setattr("workers.cpu.native.FLAGS", quick)
+    monkeypatch.setattr("workers.attention.cpu.native.FLAGS", quick)
     code = (
-        f"import pathlib, sys, workers.cpu.native as native; native.FLAGS = {quick!r}; "
+        f"import pathlib, sys, workers.attention.cpu.native as native; native.FLAGS = {quick!r}; "
         "native.load_library(pathlib.Path(sys.argv[1]))"
     )
     builds = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
@@ -341,7 +341,7 @@ def test_the_kernels_bring_no_second_openmp_runtime() -> None:
     """In a process of its own: libraries of other tests bring theirs."""
     _native(_pool(), 2)
     code = (
-        "import pathlib, sys, workers.cpu.native as n; n.load_library(pathlib.Path(sys.argv[1])); "
+        "import pathlib, sys, workers.attention.cpu.native as n; n.load_library(pathlib.Path(sys.argv[1])); "
         "print(pathlib.Path('/proc/self/maps').read_text())"
     )
     maps = subprocess.run([sys.executable, "-c", code, str(CACHE)], capture_output=True, text=True, check=True).stdout

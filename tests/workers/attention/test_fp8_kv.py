@@ -12,13 +12,13 @@ from tests.workers.attention.attention_reference import make_step, to_device
 from tests.workers.attention.fp8_reference import SCALES, NarrowProblem, codes_of, magnitudes, narrow_problem
 from tests.workers.kernels.devices import CUDA, gpu
 from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
+from workers.attention.cpu.native import NativeAttention, NativeUnavailable
+from workers.attention.cpu.plain import CpuAttention
+from workers.attention.cpu.varied import VariedAttention
 from workers.attention.flash import FlashAttention
 from workers.attention.forms import HeadShape, plain_forms
 from workers.attention.select import CACHE_FOLDER, select_backend
 from workers.attention.write import TorchWriter
-from workers.cpu.attention import CpuAttention
-from workers.cpu.native import NativeAttention, NativeUnavailable
-from workers.cpu.varied import VariedAttention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 DTYPES = {

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from workers.execution.expert_counter import INTERVAL_S, ExpertCounter
-from workers.model.experts import ExpertCounts
+from workers.model.layers.experts import ExpertCounts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

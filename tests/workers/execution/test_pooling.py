@@ -15,8 +15,9 @@ from scheduler.protocol.messages import FinishReason, Pooling
 from scheduler.protocol.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.workers.stepping import Lease, Stepped, Work
-from workers import build
-from workers.execution import chunks, gpu_runner
+from workers.execution.gpu import chunks
+from workers.execution.gpu import runner as gpu_runner
+from workers.process import build
 
 Vector = npt.NDArray[np.float32]
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.tokenizers import byte_level, save
-from workers.model.architectures import CheckpointError, ModelConfig, read_config
+from workers.model.config.architectures import ModelConfig, read_config
+from workers.model.config.fields import CheckpointError
 from workers.model.pooling import Uses, read_uses
 
 TRANSFORMER = "sentence_transformers.models.Transformer"

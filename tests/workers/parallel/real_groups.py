@@ -9,11 +9,11 @@ import numpy as np
 
 from scheduler.protocol.leaders import Command, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
-from tests.workers.test_build import CONFIG, RESOLVED
-from workers.build import Built, build_rank
+from tests.workers.process.test_build import CONFIG, RESOLVED
 from workers.loop.rank import Rank
 from workers.parallel.communicator import Communicator
 from workers.parallel.in_process import Solo, ThreadGroup
+from workers.process.build import Built, build_rank
 
 PROMPT = np.random.default_rng(7).integers(0, 199, 45).tolist()
 OUTPUT = 20

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from workers.cpu.shared_memory import create_segment, is_supported
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import PeerLost, SharedMemoryGroup, Solo, ThreadGroup, TorchGroup, connect, sum_in_rank_order
+from workers.parallel.shared_memory import create_segment, is_supported
 
 CPU = torch.device("cpu")
 FORKS = get_context("forkserver")

@@ -27,9 +27,9 @@ from tests.workers.sampling.test_sampler import (
     random_logits,
     random_requests,
 )
+from workers.kernels.sampling.record import WORDS
 from workers.sampling.logprobs import Logprobs
 from workers.sampling.sampler import Sampled
-from workers.sampling.settings import WORDS
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if CUDA else "cpu")

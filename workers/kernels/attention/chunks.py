@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.attention.form import Form, plain_forms
 from workers.kernels.attention.spans import LOG2_E, capped, first_peak, fitting_keys, lowest_seen, span_blocks, span_kv
-from workers.kernels.fp8 import query_for_fp8
+from workers.kernels.heads.fp8 import query_for_fp8
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan

@@ -26,9 +26,9 @@ from workers.kernels.attention.pairs import attend_pairs
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
 from workers.kernels.attention.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.attention.spans import LOG2_E, first_peak, fold, lowest_seen, span_blocks, span_kv
-from workers.kernels.fp8 import stored
-from workers.kernels.rope import turned_heads
-from workers.kernels.turn import HeadTurn
+from workers.kernels.heads.fp8 import stored
+from workers.kernels.heads.rope import turned_heads
+from workers.kernels.heads.turn import HeadTurn
 
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
 INTERPRETED_PROCESSORS = 4

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.attention.spans import capped, span_blocks, span_kv
-from workers.kernels.fp8 import query_for_fp8, widened
+from workers.kernels.heads.fp8 import query_for_fp8, widened
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from workers.kernels.products.reduced import Microscaled, Reduced
+from workers.kernels.reduced import Microscaled, Reduced
 
 
 @dataclass(frozen=True, slots=True)

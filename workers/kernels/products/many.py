@@ -17,9 +17,9 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
-from workers.kernels.products.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.products.widen import ONE, of_four_bits, of_fp8
-from workers.kernels.rounding import rounded
+from workers.kernels.reduced import BLOCK, Reduced, Rounded
+from workers.kernels.rows.rounding import rounded
 
 MULTIPLE_OF_LIBRARY = 16
 """Of rows and columns, for the library's products of FP8."""

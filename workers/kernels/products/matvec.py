@@ -20,15 +20,15 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.lora.few import LowRank, shrink
-from workers.kernels.norm import rms_norm, rounded_norm
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles
 from workers.kernels.products.fp8_tiles import fp8_tiles
-from workers.kernels.products.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
 from workers.kernels.products.widen import ONE
-from workers.kernels.rounding import rounded
+from workers.kernels.reduced import BLOCK, Reduced, Rounded
+from workers.kernels.rows.norm import rms_norm, rounded_norm
+from workers.kernels.rows.rounding import rounded
 
 STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
 FEWER_BITS_TOKENS = 2  # likewise

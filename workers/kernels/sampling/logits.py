@@ -10,8 +10,8 @@ Device functions only. The formulas and their roundings are those of `workers.sa
 import triton
 import triton.language as tl
 
+from workers.kernels.sampling import record as layout
 from workers.kernels.sampling.marks import BARRED_STOP, COUNT_BITS, IN_PROMPT
-from workers.sampling import settings as layout
 
 WORDS = tl.constexpr(layout.WORDS)
 TEMPERATURE = tl.constexpr(layout.TEMPERATURE)

@@ -10,7 +10,7 @@ is out, and so is all behind it. Rows that no round has settled are settled by `
 on its row's logits and settings alone, to the last bit: noise and scores are recomputed exactly where approximations are
 close, and probabilities are summed in fixed point, where the order does not count.
 
-Imports torch, Triton, NumPy's settings layout. Reads `workers.sampling.settings` records; allocates nothing in `sample`.
+Imports torch and Triton. Reads records as `record` has them; allocates nothing in `sample`.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -339,7 +339,7 @@ def sample(
     logits: [samples, columns] bfloat16, float16 or float32, columns next to each other; left as they were; columns past
     vocab_size are not read. rows: [samples] int32, the resident row of each; a row that has a sequence may come once.
     positions: [samples] int32, the index that the token will have in its sequence. settings: [rows, WORDS] int32, see
-    `workers.sampling.settings`. Written: out_tokens [samples], NO_TOKEN where the edited logits hold NaN or infinity or
+    `record`. Written: out_tokens [samples], NO_TOKEN where the edited logits hold NaN or infinity or
     nothing finite; last_token [rows], the same with 0 for NO_TOKEN; the count in `tables.marks` of rows with penalties.
     """
     samples = len(rows)

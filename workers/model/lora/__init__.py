@@ -1,1 +1,1 @@
-"""LoRA adapters: their files, their place beside the weights, and which rows of a step have which."""
+"""LoRA adapters: their files, and their places beside the weights."""

@@ -18,8 +18,8 @@ from typing import Any
 import xxhash
 
 from scheduler.protocol.messages import Adapter
-from workers.model.architectures import ModelConfig
-from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.config.architectures import ModelConfig
+from workers.model.config.fields import CheckpointError, Fields, read_json
 from workers.model.reading import ADAPTER_CONFIG, DecoderConfig
 
 CONFIG, TENSORS = ADAPTER_CONFIG, "adapter_model.safetensors"

@@ -6,11 +6,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from workers.model.architectures import RankShape
+from workers.kernels.lora.weights import LoraWeights
+from workers.model.config.architectures import RankShape
 from workers.model.decoder import Decoder, Layer
-from workers.model.layers import Linear, SwiGLU
+from workers.model.layers.linear import Linear
+from workers.model.layers.mlp import SwiGLU
 from workers.model.lora.files import AdaptedLinear, AdapterFiles
-from workers.model.lora.weights import LoraWeights
 
 PARTS = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("o", 0),
          "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0)}  # fmt: skip

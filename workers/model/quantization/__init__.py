@@ -1,1 +1,1 @@
-"""Weights of fewer bits: how checkpoints say and store them, how they become numbers, and in what form a device keeps them."""
+"""Weights of fewer bits: how checkpoints store them, how they become numbers, and in what form a device keeps them."""

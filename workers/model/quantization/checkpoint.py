@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workers.model.fields import CheckpointError
-from workers.model.quantization.scheme import Scheme, WeightForm
+from workers.model.config.fields import CheckpointError
+from workers.model.config.quantization import Scheme, WeightForm
 from workers.model.quantization.stored import Grouped, Mxfp4, Quantised, Scaled, Scales
 from workers.model.quantization.words import AwqWords, GptqWords, PackedWords, Stored, Words
 

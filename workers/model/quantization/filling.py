@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.kernels.products.reduced import Reduced, rounded_rows
-from workers.model.fields import CheckpointError
+from workers.kernels.reduced import Reduced, rounded_rows
+from workers.model.config.fields import CheckpointError
 from workers.model.quantization.stored import Grouped, Scaled, in_pieces, spans_of
 from workers.model.quantization.words import Span, blocks_of
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.model.quantization.scheme import Scheme, WeightForm
+from workers.model.config.quantization import Scheme, WeightForm
 
 GROUPS = (32, 64, 128)
 """Columns that share a scale, of which the kernels take tiles."""

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.products.reduced import E8M0_BIAS, FP4, FP4_BLOCK
-from workers.model.fields import CheckpointError
+from workers.kernels.reduced import E8M0_BIAS, FP4, FP4_BLOCK
+from workers.model.config.fields import CheckpointError
 from workers.model.quantization.words import Span, Stored, Words, blocks_of
 
 NUMBERS_AT_ONCE = 1 << 24

@@ -8,7 +8,7 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from workers.config import GroupsConfig
-from workers.model.fields import CheckpointError
-from workers.model.progress import Progress
+from workers.model.config.fields import CheckpointError
 from workers.model.sources.files import Need
 from workers.model.sources.naming import folder_of, kind_of
+from workers.model.sources.progress import Progress
 
 C = TypeVar("C", bound=GroupsConfig)
 

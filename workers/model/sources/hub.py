@@ -19,8 +19,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from workers.model.fields import CheckpointError
-from workers.model.progress import Progress
+from workers.model.config.fields import CheckpointError
 from workers.model.sources.files import (
     CONFIG_FILE,
     OTHER_FILES,
@@ -31,6 +30,7 @@ from workers.model.sources.files import (
     weight_files,
 )
 from workers.model.sources.places import place
+from workers.model.sources.progress import Progress
 from workers.model.sources.turns import turn
 
 logger = logging.getLogger(__name__)

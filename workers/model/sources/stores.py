@@ -23,10 +23,10 @@ from typing import Any
 
 import fsspec
 
-from workers.model.fields import CheckpointError
-from workers.model.progress import Progress
+from workers.model.config.fields import CheckpointError
 from workers.model.sources.files import CONFIG_FILE, Need, is_setting, lacking, module_files, weight_files
 from workers.model.sources.places import place
+from workers.model.sources.progress import Progress
 from workers.model.sources.turns import turn
 
 logger = logging.getLogger(__name__)

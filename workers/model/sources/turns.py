@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from workers.model.progress import Progress
+from workers.model.sources.progress import Progress
 
 WAIT_S = 0.5
 TELL_S = 1.0

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.transformers.attention import NAME
 from workers.model.transformers.compared import WORKS
 

@@ -1,6 +1,6 @@
 """Which model types were held against transformers, and what is said to whoever brings another. Imports no torch."""
 
-from workers.model.architectures import ARCHITECTURES
+from workers.model.config.architectures import ARCHITECTURES
 
 COMPARED = (
     "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "ctrl", "deepseek_v2",

@@ -12,11 +12,11 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_torch_available
 
-from workers.model.architectures import DTYPES, RankShape, read_eos_ids, torch_dtype
-from workers.model.fields import CheckpointError, Fields, read_json
-from workers.model.quantization.scheme import Scheme, read_scheme
+from workers.model.config.architectures import DTYPES, RankShape, read_eos_ids, torch_dtype
+from workers.model.config.fields import CheckpointError, Fields, read_json
+from workers.model.config.quantization import Scheme, read_scheme
+from workers.model.config.window import widest_window
 from workers.model.transformers.compared import COMPARED, WORKS
-from workers.model.window import widest_window
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""One rank's decoder of transformers' own class, as a CPU's runner calls it; a GPU has `paged`.
+"""One rank's decoder of transformers' own class, as a CPU's runner calls it; a GPU has `gpu.paged`.
 
 Imports torch, transformers and this room. A step is a ragged batch, which the class takes for one sequence: everything but
 attention looks at tokens one by one, and attention is ours. Its head computes the wanted rows alone.
@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.pool import KVPool
+from workers.attention.cpu.varied import VariedAttention, VariedPlan
 from workers.attention.forms import Form, HeadShape
 from workers.attention.select import select_backend
-from workers.cpu.padding import padded, padded_rows
-from workers.cpu.varied import VariedAttention, VariedPlan
-from workers.execution.step import StepInput
-from workers.model.layers import can_pack
-from workers.model.progress import Progress
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.layers.linear import can_pack
+from workers.model.layers.padding import padded, padded_rows
+from workers.model.sources.progress import Progress
 from workers.model.transformers.attention import Attends, Slot
 from workers.model.transformers.classes import build
 from workers.model.transformers.config import TransformersConfig
@@ -27,8 +27,8 @@ from workers.model.transformers.loading import load
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.running import hidden_of, logits_of
 from workers.model.transformers.sharding import share_out, shares
-from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
+from workers.step import StepInput
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A rank's shard of a checkpoint, into a model on the meta device, under the names that transformers' classes want.
 
 transformers knows how each family's checkpoints are named and laid out (`conversion_mapping`): names are followed by its own
-function. How the tensors themselves are read is in `pieces`. Imports torch, transformers and `weights`.
+function. How the tensors themselves are read is in `pieces`. Imports torch, transformers and `checkpoint.weights`.
 """
 
 import logging
@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from workers.model.fields import CheckpointError
-from workers.model.kv_scales import scale_names
-from workers.model.progress import Progress
+from workers.model.checkpoint.kv_scales import scale_names
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.config.fields import CheckpointError
+from workers.model.sources.progress import Progress
 from workers.model.transformers.classes import BUILDING
 from workers.model.transformers.pieces import Source, Target, parts_of
 from workers.model.transformers.sharding import Share, shares
-from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """How a rank's tensors are read from a checkpoint: as they lie there, expert by expert, or through a converter of transformers.
 
-Imports torch, transformers and `weights`.
+Imports torch, transformers and `checkpoint.weights`.
 """
 
 from collections import defaultdict
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from workers.model.fields import CheckpointError
+from workers.model.checkpoint.weights import Checkpoint, ModelPart, Piece
+from workers.model.config.fields import CheckpointError
 from workers.model.transformers.sharding import Share
-from workers.model.weights import Checkpoint, ModelPart, Piece
 from workers.parallel.communicator import Communicator
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.parallel.communicator import Communicator
 
 WHOLE = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.forms import Form, HeadShape
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.transformers.attention import NotComputed, Slot
 from workers.model.transformers.classes import build
 from workers.model.transformers.rotary import hold_still

@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import DecodeConfig
 from workers.kernels.attention.prefixes import SharedPrefixes
-from workers.kernels.rope import qk_norm_rope_write
-from workers.kernels.turn import HeadTurn
-from workers.model.rotary import Rope, Rotary
+from workers.kernels.heads.rope import qk_norm_rope_write
+from workers.kernels.heads.turn import HeadTurn
+from workers.model.config.rope import Rope
+from workers.model.layers.rotary import Rotary
 
 BLOCK, LAYER, POSITIONS = 16, 1, 256
 CONTEXTS = [1, 16, 17, 100, 64, 130, 0, 70]

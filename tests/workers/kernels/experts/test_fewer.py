@@ -13,7 +13,7 @@ from workers.kernels.experts.grouped import FOUR_BITS, add_up, choose_tiling, do
 from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stacked import Stacked, operand
 from workers.kernels.experts.stream import choose_fewer_columns, few_down, few_up
-from workers.kernels.products.reduced import Microscaled, Reduced
+from workers.kernels.reduced import Microscaled, Reduced
 
 EXPERTS, TOP, EPS = 5, 2, 1e-5
 RULE = Rule(TOP, True, True)

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, poisoned
-from workers.kernels.norm import rounded_norm
 from workers.kernels.products.many import product, rounds
 from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
-from workers.kernels.products.reduced import Reduced
-from workers.kernels.rounding import rounded
+from workers.kernels.reduced import Reduced
+from workers.kernels.rows.norm import rounded_norm
+from workers.kernels.rows.rounding import rounded
 
 EPS = 1e-6
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # the interpreter would cut bfloat16 off

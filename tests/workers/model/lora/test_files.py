@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters import make_adapter
 from tests.checkpoints import make_checkpoint
-from workers.model.architectures import ModelConfig, read_config
-from workers.model.fields import CheckpointError
+from workers.model.config.architectures import ModelConfig, read_config
+from workers.model.config.fields import CheckpointError
 from workers.model.lora.files import CONFIG, TENSORS, read_adapter
 from workers.model.reading import read_model
 

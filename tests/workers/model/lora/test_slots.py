@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters import make_adapter
 from tests.checkpoints import make_checkpoint
-from workers.model.architectures import read_config
+from workers.kernels.lora.weights import LoraWeights
+from workers.model.config.architectures import read_config
 from workers.model.decoder import load_model
 from workers.model.lora.files import TENSORS, read_adapter
 from workers.model.lora.slots import AdapterSlots
-from workers.model.lora.weights import LoraWeights
 from workers.parallel.in_process import Solo
 
 HUGE = 1e5  # more than float16 has

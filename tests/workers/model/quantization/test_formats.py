@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tests.checkpoints import generate_reference, make_checkpoint
 from tests.quantising import FORMATS, is_quantised, quantise
 from tests.workers.decoding import Ranks
-from workers.model import weights
-from workers.model.architectures import read_config
+from workers.model.checkpoint import weights
+from workers.model.checkpoint.weights import Checkpoint, Piece
+from workers.model.config.architectures import read_config
 from workers.model.quantization import stored
-from workers.model.weights import Checkpoint, Piece
 
 PROMPT = [5, 6, 7]
 

@@ -12,21 +12,22 @@ from torch import Tensor
 from tests.checkpoints import make_checkpoint
 from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, compressed, fp8, gptq, of_floats, of_ints, packed, quantise
 from tests.workers.decoding import SEQUENCES, make_step
-from tests.workers.model.test_fused import Fused
+from tests.workers.model.gpu.test_fused import Fused
 from workers.config import ReadingConfig
 from workers.kernels.products import matvec
 from workers.kernels.products.matvec import Tiling
-from workers.kernels.products.reduced import rounded_rows
+from workers.kernels.reduced import rounded_rows
 from workers.model import decoder
-from workers.model.architectures import ModelConfig
+from workers.model.config.architectures import ModelConfig
+from workers.model.config.fields import CheckpointError
+from workers.model.config.quantization import WeightForm
 from workers.model.decoder import Decoder, load_model
-from workers.model.fields import CheckpointError
 from workers.model.footprint import footprint
-from workers.model.layers import Linear, SwiGLU
-from workers.model.progress import Progress
+from workers.model.layers.linear import Linear
+from workers.model.layers.mlp import SwiGLU
 from workers.model.quantization.forms import PLAIN, LinearForm, kept_as
-from workers.model.quantization.scheme import WeightForm
 from workers.model.reading import read_model
+from workers.model.sources.progress import Progress
 from workers.parallel.silent import Silent
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def numbers(model: Decoder) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def _unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.model.layers.can_pack", lambda *_: False)
+    monkeypatch.setattr("workers.model.layers.linear.can_pack", lambda *_: False)
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_fused_steps_read_what_is_kept(
         chosen.append(bits)
         return matvec.choose(n, k, tokens, dtype, swiglu, bits)
 
-    monkeypatch.setattr("workers.model.fused.choose", choose)
+    monkeypatch.setattr("workers.model.gpu.fused.choose", choose)
     kept.fused._few_tokens = SEQUENCES
     for chunks in [[(0, 0, [9]), (1, 0, [3])], [(0, 1, [20, 21, 22])]]:
         step = make_step(chunks)

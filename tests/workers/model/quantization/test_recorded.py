@@ -7,8 +7,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.workers.model.quantization.recorded import AUTO_AWQ, AUTO_GPTQ, COMPRESSED_TENSORS, Recorded
+from workers.model.config.quantization import LINEAR, Rule, Scheme, WeightForm
 from workers.model.quantization.checkpoint import quantised
-from workers.model.quantization.scheme import LINEAR, Rule, Scheme, WeightForm
 from workers.model.quantization.stored import Quantised
 
 KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}

@@ -13,9 +13,9 @@ from benchmarks.models.zoo import make
 from tests.checkpoints import make_checkpoint
 from tests.quantising import FORMATS, MXFP4, is_stack, quantise
 from tests.workers.decoding import Ranks
-from workers.model.fields import CheckpointError
+from workers.model.checkpoint.weights import Checkpoint
+from workers.model.config.fields import CheckpointError
 from workers.model.reading import read_model
-from workers.model.weights import Checkpoint
 
 MODULE = "model.layers.1.mlp.up_proj"
 Tensors = dict[str, Tensor]

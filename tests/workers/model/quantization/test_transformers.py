@@ -13,9 +13,9 @@ from tests.checkpoints import load_reference
 from tests.quantising import FORMATS, MXFP4, Format, is_quantised, is_stack, quantise
 from tests.workers.decoding import make_step
 from tests.workers.model.transformers.ranks import Ranks
+from workers.model.checkpoint.weights import Checkpoint, Piece
 from workers.model.quantization import stored
 from workers.model.reading import read_model
-from workers.model.weights import Checkpoint, Piece
 
 PROMPT = [(7 * n + 3) % 199 for n in range(40)]
 STEP = make_step([(0, 0, PROMPT)])

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from tests.hub import Hub, hub_of, put_into_cache
 from workers.config import GroupsConfig
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.sources.files import Need
 from workers.model.sources.find import find_checkpoint, pinned
 

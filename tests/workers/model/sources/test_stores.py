@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.servers import answering
 from tests.workers.model.sources.test_hub import FILES, SETTINGS, SHARDS
 from workers.config import GroupsConfig
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.sources.files import Need
 from workers.model.sources.find import find_checkpoint, pinned
 from workers.model.sources.turns import turn

@@ -17,7 +17,7 @@ from tests.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks as NativeRanks
 from tests.workers.decoding import make_step
 from tests.workers.model.transformers.ranks import Ranks
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.transformers import loading
 from workers.model.transformers.config import read_transformers
 from workers.model.transformers.decoder import load_transformers

@@ -10,7 +10,7 @@ import transformers
 
 from benchmarks.models.zoo import SIZES, make
 from workers.config import ReadingConfig
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.reading import is_native, read_model
 from workers.model.transformers.compared import COMPARED
 from workers.model.transformers.config import read_transformers

@@ -1,0 +1,1 @@
+"""Attention on the CPU: compiled, or plain torch, which also takes layers that differ."""

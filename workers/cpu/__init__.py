@@ -1,1 +1,0 @@
-"""What is there for CPUs alone: compiled attention, shared-memory collectives, padding for oneDNN."""

@@ -1,0 +1,178 @@
+"""Makes what executes steps on a GPU: loads, measures what the largest steps need, sizes nothing itself, captures.
+
+Imports torch, Triton's kernels and the tensor side of the room.
+"""
+
+import gc
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvcache.pool import KVPool
+from workers.attention.select import select_device_backends
+from workers.execution.gpu.chunks import PADDED_CHUNKS
+from workers.execution.gpu.device_batch import DeviceBatch
+from workers.execution.gpu.graphs import chunk_ladder, ladder
+from workers.execution.gpu.runner import Captured, GpuRunner
+from workers.execution.spec import RunnerSpec
+from workers.kernels.ahead import compiling_ahead
+from workers.loop.batch import ResidentBatch
+from workers.model.decoder import Decoder
+from workers.model.gpu.fused import FusedDecoder, PagedDecoder
+from workers.model.loading import adapter_slots, load_decoder
+from workers.model.lora.slots import AdapterSlots
+from workers.model.sources.progress import Progress
+from workers.parallel.in_process import ThreadGroup
+from workers.sampling.device import DeviceSampler
+
+if TYPE_CHECKING:
+    from workers.model.transformers.decoder import TransformersDecoder
+
+logger = logging.getLogger(__name__)
+
+MARGIN_BYTES = 256 << 20
+"""Left free for what libraries allocate by themselves as they meet new shapes."""
+
+
+class GpuParts:
+    """One rank's model and sampler, from which runners over pools of different sizes are made: one to measure, one to serve."""
+
+    def __init__(self, spec: RunnerSpec) -> None:
+        config, comm = spec.config, spec.comm
+        self._spec = spec
+        self._most = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._largest = chunk_ladder(config.max_num_batched_tokens)[-1]
+        # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
+        self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
+        self._graphs = config.cuda_graphs and not self._threads
+        self._decoder: Decoder | TransformersDecoder | None = None
+        self.lora: AdapterSlots | None = None
+        """Where its adapters are; None where none are served, and before `load`."""
+        self._sampler = DeviceSampler(
+            vocab_size=spec.model.vocab_size, comm=comm, max_num_seqs=config.max_num_seqs,
+            samples=max(config.max_num_seqs, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
+        )  # fmt: skip
+
+    def load(self, progress: Progress) -> None:
+        """Errors: CheckpointError, torch's out-of-memory error."""
+        spec = self._spec
+        self._decoder = load_decoder(
+            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, progress, spec.resolved.max_model_len,
+            spec.resolved.score_tokens,
+        )  # fmt: skip
+        self.lora = adapter_slots(spec.config, self._decoder)
+
+    def measure(self) -> int:
+        """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
+        graphs take, which are run and captured here."""
+        blocks = self._spec.layout.blocks_for(self._spec.config.max_num_batched_tokens)
+        probe = (blocks + 1) * self._spec.layout.block_bytes
+        runner = self._make(blocks)
+        self._compile(runner)
+        torch.cuda.reset_peak_memory_stats()
+        self._run_largest_step(runner)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - probe
+        graphs = self._measure_graphs(runner) if self._graphs else 0
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved()
+        return int(total * self._spec.config.gpu_memory_fraction) - others - peak - graphs - MARGIN_BYTES
+
+    def runner(self, blocks: int, captured: Captured) -> GpuRunner:
+        """The one that serves, over a pool of so many blocks and the scratch block."""
+        runner = self._make(blocks)
+        self._compile(runner)
+        if self._graphs:
+            runner.capture(ladder(self._most), chunk_ladder(self._largest), captured)
+        return runner
+
+    def _compile(self, runner: GpuRunner) -> None:
+        """Whatever steps of all sizes launch. A second time it costs nothing."""
+        if self._spec.device.type != "cuda" or self._threads:
+            return  # interpreted; or of several threads, of which none may wait for another here
+        with compiling_ahead():
+            for size in ladder(self._most):
+                runner.run_padding(size)
+            for size in chunk_ladder(self._largest):
+                runner.run_padded_prefill(size)
+            for tokens in (2, 16, 100):
+                self._run_prefill(runner, min(tokens, self._spec.config.max_num_batched_tokens))
+        torch.cuda.synchronize()
+
+    def _make(self, blocks: int) -> GpuRunner:
+        config = self._spec.config
+        pool = KVPool(self._spec.layout, blocks + 1, self._spec.device, scales=self._spec.kv_scales)
+        assert self._decoder is not None, "made before it is loaded"
+        shapes = None if isinstance(self._decoder, Decoder) else [heads.even for heads in self._decoder.heads]
+        attention, small = select_device_backends(
+            config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, forms=self._decoder.forms,
+            shapes=shapes, dtype=self._spec.dtype,
+        )  # fmt: skip
+        state = DeviceBatch(
+            max_num_seqs=config.max_num_seqs,
+            blocks=self._spec.layout.blocks_for(self._spec.resolved.max_model_len),
+            block_size=config.block_size,
+            most=self._most,
+            scratch_block=blocks,
+            device=self._spec.device,
+            prefixes=attention.prefixes,
+        )
+        model = self._over(pool)
+        return GpuRunner(
+            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest, config.lora_slots,
+            self._spec.comm.check,
+        )  # fmt: skip
+
+    def _over(self, pool: KVPool) -> PagedDecoder:
+        if isinstance(self._decoder, Decoder):
+            return FusedDecoder(self._decoder, pool, (pool.blocks - 1) * pool.layout.block_size)
+        from workers.model.gpu.paged import PagedTransformers
+
+        assert self._decoder is not None, "made before it is loaded"
+        return PagedTransformers(self._decoder, pool)
+
+    def _run_largest_step(self, runner: GpuRunner) -> None:
+        """A prefill of as many tokens as a step may have, then `most` decodes in the scratch block."""
+        self._run_prefill(runner, self._spec.config.max_num_batched_tokens)
+        runner.run_padding(self._most)
+
+    def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
+        """Prompts of so many tokens together, in blocks which nobody has been granted yet: what they hold does not matter, so
+        where there are few, several prompts write to one."""
+        config = self._spec.config
+        max_model_len = self._spec.resolved.max_model_len
+        batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, max_model_len)
+        left, block = max(2, tokens), 0
+        for row in range(config.max_num_seqs):
+            length = min(left, max_model_len - 1)
+            if length < 2:
+                break  # a single token were a decode
+            blocks = self._spec.layout.blocks_for(length)
+            batch.block_table[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
+            batch.known[row], batch.granted[row], batch.lease[row] = length, length, row
+            batch.tokens[row] = np.zeros(length, np.int32)
+            left, block = left - length, block + blocks
+        runner.execute(batch, batch.launch(batch.plan())).wait()
+
+    def _measure_graphs(self, runner: GpuRunner) -> int:
+        """Bytes that all graphs will take, by capturing the two largest of each kind."""
+        sizes, tokens = ladder(self._most), chunk_ladder(self._largest)
+        before = _free()
+        runner.capture(sizes[-1:], tokens[-1:])
+        one = before - _free()
+        runner.capture(sizes[-2:], tokens[-2:])
+        return one + max(0, before - _free() - one) * max(len(sizes), len(tokens))
+
+
+def _free() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+

@@ -1,0 +1,308 @@
+"""Executes steps on a GPU: decodes as one graph over the batch that lives there, prefill chunks beside it.
+
+    update ──▶ decode graph: gather · layers · head · sample ──▶ chunks: layers · head · sample ──▶ tokens to the host
+    one copy,   the host launches it and goes on                   a graph as well where they are    read one step later
+    or none                                                        few, launch by launch otherwise
+
+The host never waits here for a step that it has launched, but for rows that follow a grammar (`pending.Following`).
+Imports torch and the tensor side of the room.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvcache.pool import KVPool
+from scheduler.protocol.leaders import Start
+from workers.attention.base import PagedAttention
+from workers.execution.gpu.attend import ChunkAttend, DecodeAttend
+from workers.execution.gpu.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
+from workers.execution.gpu.device_batch import IN_FLIGHT, DeviceBatch
+from workers.execution.gpu.graphs import SMALL_STEP, StepGraphs
+from workers.execution.gpu.pinned import PinnedRing
+from workers.execution.pending import DeviceTokens, Following, measure_prompts
+from workers.execution.pooling import PooledPrompt, Pooler
+from workers.loop.batch import NO_ADAPTER, Launched, ResidentBatch
+from workers.loop.rank import Pending, row_of
+from workers.model.gpu.adapters import DeviceRows
+from workers.model.gpu.fused import FusedDecoder, PagedDecoder
+from workers.sampling.constraints import Constraints
+from workers.sampling.device import DeviceSampler
+from workers.sampling.logprobs import PromptPart
+
+Ints = npt.NDArray[np.int64]
+Captured = Callable[[int, int], None]
+"""Told how many graphs there are, and will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """The decodes of a launched step, or its chunks: logits [samples or more, vocab], and the tokens drawn from them.
+
+    rows, positions, out: [samples or more] int32: rows of the batch, positions of the new tokens, the tokens themselves.
+    pooled: [positions, hidden], the hidden states that `step.pooled` wants; None in a step without.
+    """
+
+    logits: Tensor
+    samples: int
+    rows: Tensor
+    positions: Tensor
+    out: Tensor
+    sampled: bool
+    pooled: Tensor | None = None
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        return self.logits[: self.samples], self.out[: self.samples]
+
+
+class Graphs(NamedTuple):
+    """whole: decodes, sampling included. unsampled: up to the logits, for steps in which a grammar has a say. prefills: chunks,
+    sampling included."""
+
+    whole: StepGraphs
+    unsampled: StepGraphs
+    prefills: StepGraphs
+
+
+class GpuRunner:
+    """The `Executor` of a GPU. Until `capture` was called decodes are launched one by one: slower, and the same otherwise.
+
+    model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps of few
+    prefill tokens, which are captured, as are larger ones where `attention` lets them. most: decodes in one step. largest:
+    prefill tokens of a step that may be captured. lora_slots: of adapters; a step in which no row has one is as without. check:
+    called when a step has ended, before anybody reads its tokens: raises if they may be wrong, which the device does not tell.
+    """
+
+    def __init__(
+        self,
+        model: PagedDecoder,
+        attention: PagedAttention,
+        small: PagedAttention,
+        sampler: DeviceSampler,
+        constraints: Constraints,
+        state: DeviceBatch,
+        most: int,
+        largest: int,
+        lora_slots: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.pool: KVPool = model.pool
+        device = self.pool.device
+        self._model = model
+        self._attention = attention
+        self._small = small
+        self._sampler = sampler
+        self._constraints = constraints
+        self._lora_slots = lora_slots
+        self._pools = model if isinstance(model, FusedDecoder) else None
+        self._check = check
+        self.expert_counts = self._pools.expert_counts if self._pools is not None else None
+        self._pooler = Pooler(self._pools.classifier if self._pools is not None else None)
+        self._following = Following(constraints)
+        self._state = state
+        self._chunk_inputs = ChunkInputs(state, device, largest)
+        rows = state.padding
+        self._decoded = torch.zeros(most, dtype=torch.int32, device=device)  # tokens of a step's decodes
+        self._begun = torch.zeros(max(rows, PADDED_CHUNKS), dtype=torch.int32, device=device)  # the first ones of its chunks
+        self._ring = PinnedRing(device, IN_FLIGHT, most + rows)
+        self._whole: StepGraphs | None = None  # as in `Graphs`
+        self._unsampled: StepGraphs | None = None
+        self._prefills: StepGraphs | None = None
+        self._adapted: Graphs | None = None  # of steps with adapters
+
+    def capture(self, decodes: Sequence[int], tokens: Sequence[int], captured: Captured = lambda *_: None) -> None:
+        """Captures steps of so many decodes, with and without sampling, and chunks of so many tokens; all of it once more with
+        adapters, where there may be any."""
+        tokens = [size for size in tokens if size <= SMALL_STEP or self._attention.bounds]
+        each, kinds = 2 * len(decodes) + len(tokens), 2 if self._lora_slots else 1
+        self._whole, self._unsampled, self._prefills = self._capture(
+            decodes, tokens, lambda done: captured(done, kinds * each), adapted=False
+        )
+        if self._lora_slots:
+            self._adapted = self._capture(decodes, tokens, lambda done: captured(each + done, kinds * each), adapted=True)
+
+    @torch.inference_mode()
+    def _capture(
+        self, decodes: Sequence[int], tokens: Sequence[int], captured: Callable[[int], None], *, adapted: bool
+    ) -> Graphs:  # fmt: skip
+        graphs = Graphs(StepGraphs(decodes), StepGraphs(decodes), StepGraphs(tokens))
+        graphs.whole.capture(partial(self._decode_and_sample, adapted=adapted), captured)
+        graphs.unsampled.capture(partial(self._decode, adapted=adapted), lambda done: captured(len(decodes) + done))
+        graphs.prefills.capture(
+            partial(self._prefill_padded, adapted=adapted), lambda done: captured(2 * len(decodes) + done),
+            self._chunk_inputs.clear,
+        )  # fmt: skip
+        return graphs
+
+    @torch.inference_mode()
+    def run_padding(self, size: int) -> None:
+        """Decode steps of so many padding rows, launch by launch: before the first sequence, so that they are known to work."""
+        for adapted in (False, True)[: 2 if self._lora_slots else 1]:
+            self._decode_and_sample(size, adapted)
+
+    @torch.inference_mode()
+    def run_padded_prefill(self, tokens: int) -> None:
+        """The same for steps of so many prefill tokens."""
+        self._chunk_inputs.clear(tokens)
+        for adapted in (False, True)[: 2 if self._lora_slots else 1]:
+            self._prefill_padded(tokens, adapted)
+
+    # ---- Executor
+
+    def admit(self, start: Start) -> None:
+        row, tokens = row_of(start), np.frombuffer(start.tokens, np.int32)
+        prompt, output = tokens[: start.prompt_tokens], tokens[start.prompt_tokens :]
+        settings = self._sampler.admit(
+            row, params=start.params, seed=start.seed, choice=start.choice, stop_ids=start.stop_ids, prompt=prompt,
+            output=output,
+        )  # fmt: skip
+        self._state.admit(row, int(tokens[-1]), settings)
+        self._constraints.admit(row, start.params.grammar, output)
+
+    def release(self, row: int) -> None:
+        self._sampler.release(row)
+        self._constraints.release(row)
+        self._pooler.release(row)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.pool.copy(source, target, tokens)
+
+    def close(self) -> None:
+        self._constraints.close()
+
+    @torch.inference_mode()
+    def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
+        decodes, samples = step.plan.decodes, np.flatnonzero(step.samples)
+        rows = step.plan.rows[samples]
+        padded = (self._whole.fit(decodes) if self._whole is not None and decodes else None) or decodes
+        self._state.update(batch, step, padded)
+        parts: list[StepPart] = []
+        if decodes:
+            adapted = self._adapts(batch, step.plan.rows[:decodes])
+            parts.append(self._launch_decodes(decodes, padded, self._constraints.any(rows[:decodes]), adapted))
+        if decodes < len(step.plan.rows):
+            parts.append(self._launch_chunks(batch, step, self._constraints.any(rows[decodes:])))
+        allowed = self._following.allowed(rows)  # after the launches: the device computes while this waits
+        if allowed is not None:
+            self._sampler.constrain(rows[allowed.samples], allowed.bits)
+        for part in parts:
+            if not part.sampled and part.samples:
+                self._sample(part.logits[: part.samples], part.rows, part.positions, part.out)
+        last = parts[-1]  # the chunks, where prompts are measured or pooled
+        measured = measure_prompts(self._sampler.measure_prompt, batch, step, last.logits[last.samples :])
+        pooled = [] if last.pooled is None else self._pooler.pool(step, last.pooled)
+        return self._following.pending(self._to_host(step, samples, parts, [*measured, *pooled]), samples, allowed)
+
+    # ---- decodes
+
+    def _adapts(self, batch: ResidentBatch, rows: Ints) -> bool:
+        """One of the rows has an adapter."""
+        return bool(self._lora_slots) and bool((batch.adapter[rows] != NO_ADAPTER).any())
+
+    def _launch_decodes(self, decodes: int, padded: int, constrained: bool, adapted: bool) -> StepPart:
+        """constrained: a grammar has a say, so they are not sampled yet. adapted: some have adapters."""
+        graphs = self._unsampled if constrained else self._whole
+        if adapted:
+            graphs = self._adapted and (self._adapted.unsampled if constrained else self._adapted.whole)
+        launch = self._decode if constrained else self._decode_and_sample
+        logits = graphs.replay(padded) if graphs is not None else launch(padded, adapted)
+        return StepPart(logits, decodes, self._state.order, self._state.contexts, self._decoded, not constrained)
+
+    def _decode(self, size: int, adapted: bool = False) -> Tensor:
+        """Device tensors alone, at addresses that stay: may be captured."""
+        state = self._state
+        state.gather(size)
+        contexts, tables = state.contexts[:size], state.step_tables[:size]
+        plan = self._attention.plan_decode(contexts, size, tables.shape[1], state.prefixes)
+        attend = DecodeAttend(self._attention, tables, contexts, plan, self._attention.turns(size))
+        adapters = DeviceRows(state.adapters.index_select(0, state.order[:size]), self._lora_slots) if adapted else None
+        return self._model.logits(
+            state.tokens[:size], state.positions[:size], state.slots[:size], attend, adapters=adapters
+        )
+
+    def _decode_and_sample(self, size: int, adapted: bool = False) -> Tensor:
+        logits = self._decode(size, adapted)
+        self._sample(logits, self._state.order, self._state.contexts, self._decoded)
+        return logits
+
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, out: Tensor) -> None:
+        """A token for each of logits [n, vocab], into the first n of `out`. positions: that the new tokens will have."""
+        n = len(logits)
+        self._sampler.sample(logits, rows[:n], positions[:n], self._state.settings, out[:n], self._state.last_token)
+
+    # ---- prefill
+
+    def _launch_chunks(self, batch: ResidentBatch, step: Launched, constrained: bool) -> StepPart:
+        """By a graph where one holds them, else launch by launch."""
+        decodes = step.plan.decodes
+        samples, adapted = int(step.samples[decodes:].sum()), self._adapts(batch, step.plan.rows[decodes:])
+        plain = not (constrained or step.measured or step.pooled) and len(step.plan.rows) - decodes <= PADDED_CHUNKS
+        prefills = self._prefills if not adapted else self._adapted and self._adapted.prefills
+        if plain and prefills is not None:
+            size = prefills.fit(int(step.plan.counts[decodes:].sum()))
+            if size is not None:
+                self._chunk_inputs.fill(batch, step, size)
+                logits = prefills.replay(size)
+                chunks = self._chunk_inputs.padded(size)
+                return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, True)
+        chunks = self._chunk_inputs.build(batch, step)
+        if step.pooled:
+            logits, pooled = self._pool(chunks, step.pooled_tokens, adapted)
+        else:
+            logits, pooled = self._prefill(chunks, self._attention, adapted), None
+        return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False, pooled)
+
+    def _prefill_padded(self, tokens: int, adapted: bool = False) -> Tensor:
+        """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
+        chunks = self._chunk_inputs.padded(tokens)
+        logits = self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention, adapted)
+        self._sample(logits, chunks.sampled_rows, chunks.sampled_positions, self._begun)
+        return logits
+
+    def _prefill(self, chunks: ChunkStep, attention: PagedAttention, adapted: bool) -> Tensor:
+        """Logits where they are wanted."""
+        attend, adapters = self._attend(chunks, attention), self._adapters(chunks, adapted)
+        return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted, adapters)
+
+    def _adapters(self, chunks: ChunkStep, adapted: bool) -> DeviceRows | None:
+        return DeviceRows(chunks.adapters, self._lora_slots) if adapted else None
+
+    def _pool(self, chunks: ChunkStep, count: int, adapted: bool) -> tuple[Tensor, Tensor]:
+        """Logits where they are wanted, and the hidden states of the last `count` of `chunks.wanted`."""
+        assert self._pools is not None, "a checkpoint of which nothing is pooled is refused at the door"
+        attend = self._attend(chunks, self._attention)
+        adapters = self._adapters(chunks, adapted)
+        hidden = self._pools.hidden(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted, adapters)
+        others, pooled = hidden.split_with_sizes((len(hidden) - count, count))
+        return self._pools.head(others), pooled
+
+    def _attend(self, chunks: ChunkStep, attention: PagedAttention) -> ChunkAttend:
+        return ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
+
+    # ---- back to the host
+
+    def _to_host(
+        self, step: Launched, samples: Ints, parts: Sequence[StepPart], prompts: list[PromptPart | PooledPrompt]
+    ) -> DeviceTokens:
+        rows = step.plan.rows[samples]
+        host, at = self._ring.take(len(samples)), 0
+        for part in parts:
+            host[at : at + part.samples].copy_(part.out[: part.samples], non_blocking=True)
+            at += part.samples
+        logprobs = None
+        if self._sampler.measures(rows):
+            logits, tokens = (torch.cat(each) for each in zip(*(part.drawn() for part in parts), strict=True))
+            logprobs = self._sampler.measure(logits, tokens.long(), rows)
+        copied = self._ring.used()
+
+        def arrived() -> None:
+            copied()
+            self._check()
+
+        return DeviceTokens(step, samples, host, logprobs, prompts, arrived)

@@ -1,0 +1,1 @@
+"""What stands between the QKV product and attention: heads turned, and their way into the pool."""

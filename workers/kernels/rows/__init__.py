@@ -1,0 +1,1 @@
+"""What stands between products, a row by itself each: norms, sums, SwiGLU, embedding, rounding."""

@@ -1,0 +1,1 @@
+"""A checkpoint's weights, from its files to a rank's shard."""

@@ -1,0 +1,34 @@
+"""The rows of a step by adapter where a GPU computes them: device tensors alone, so that a graph may hold it. Imports Triton's
+kernels.
+"""
+
+from torch import Tensor
+
+from workers.kernels.lora.few import FewRows, LowRank, list_slots
+from workers.kernels.lora.products import add_low_rank
+from workers.kernels.lora.rows import GroupedRows, group
+from workers.kernels.lora.weights import LoraWeights
+
+
+class DeviceRows:
+    """`StepAdapters` of a GPU. slots: [rows] int32 on the device, each row's slot; negative: none. count: of slots that there
+    are."""
+
+    def __init__(self, slots: Tensor, count: int) -> None:
+        self._slots, self._count = slots, count
+        self._grouped: GroupedRows | None = None
+        self._few: FewRows | None = None
+
+    def add(self, weights: LoraWeights, product: Tensor, x: Tensor) -> None:
+        if self._grouped is None:
+            self._grouped = group(self._slots, self._count)
+        add_low_rank(product, x, weights.a, weights.b, weights.rows, self._grouped)
+
+    def beside(self, weights: LoraWeights) -> LowRank:
+        """For a product of few rows that adds it itself."""
+        if self._few is None:
+            self._few = list_slots(self._slots, self._count)
+        return LowRank(weights.a, weights.b, weights.rows, self._few)
+
+    def at(self, rows: Tensor) -> "DeviceRows":
+        return DeviceRows(self._slots.index_select(0, rows), self._count)

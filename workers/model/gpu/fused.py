@@ -1,0 +1,282 @@
+"""The decoder as a GPU runs it: the weights of `decoder`, fused kernels between the matrix products, nothing else in a step.
+
+    many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
+        residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
+        (where a layer has experts, `fused_experts` stands in the place of its MLP; of FP8 that is multiplied with FP8, norm and
+        SwiGLU give rounded numbers)
+    few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
+        QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
+        and SwiGLU · down product and residual add
+        (with adapters the products stand by themselves, unless `ADAPTERS_BESIDE`: then they add their part themselves, behind
+        one more launch each)
+
+Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
+the weights' holders.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvcache.pool import KVPool
+from workers.kernels.heads.rope import qk_norm_rope_write
+from workers.kernels.heads.turn import HeadTurn
+from workers.kernels.lora.few import LowRank
+from workers.kernels.lora.weights import StepAdapters
+from workers.kernels.products.many import rounds
+from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, choose_adapted, matvec
+from workers.kernels.reduced import Reduced, Rounded
+from workers.kernels.rows.activation import silu_mul
+from workers.kernels.rows.embed import embed_norm
+from workers.kernels.rows.norm import add_rms_norm, rms_norm, rounded_norm
+from workers.kernels.rows.reduce import sum_add_rms_norm, takes
+from workers.kernels.rows.rounding import silu_mul_rounded
+from workers.model.decoder import Decoder, Layer
+from workers.model.gpu.adapters import DeviceRows
+from workers.model.gpu.fused_experts import FusedMixture
+from workers.model.layers.experts import Mixture
+from workers.model.layers.linear import Linear
+from workers.model.layers.mlp import SwiGLU
+
+
+class Attend(Protocol):
+    """One step's attention, layer by layer, over the pool of the model."""
+
+    @property
+    def turns(self) -> bool:
+        """It takes the projection as it is: turns the queries and writes the step's keys and values itself."""
+        ...
+
+    def __call__(
+        self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """query [tokens, heads, head_dim] -> the same; the step's KV of that layer has been written. sinks: [heads], of a layer
+        whose form has them. Where it turns, with
+        `turn`: query is the projection [tokens, (heads + 2 * kv_heads) * head_dim], and its KV has not."""
+        ...
+
+
+class PagedDecoder(Protocol):
+    """What a GPU's runner computes logits with: a decoder over one pool."""
+
+    pool: KVPool
+
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As in `FusedDecoder`."""
+        ...
+
+
+SMALL_WEIGHT_BYTES, DEPENDENT_TOKENS = 16 << 20, 8
+"""Products of so little, of so few tokens, begin while the one before still runs (programmatic dependent launch): a step of the
+0.6B shape takes 720 us instead of 829 at batch 1, 3% less at 8, 2% more at 16. Larger ones fill the device by themselves, and
+are disturbed: 116 instead of 103 us for the four of a layer at 8B."""
+
+
+ADAPTERS_BESIDE = False
+"""Whether products of few tokens add the part of their adapters themselves, in 16 bits: 28 us more a layer of the 8B shape
+instead of 49, but on an H200 a small model's first such step reads where it may not, for a reason that is yet to be found."""
+
+
+class FusedDecoder:
+    """One rank's decoder over one pool. Every rank of a group makes the same calls: they meet in the collectives.
+
+    decoder: filled. pool: where the step's keys and values are written. scratch_slot: tokens from this slot on are padding,
+    which goes through no experts; None: there is none.
+    """
+
+    def __init__(self, decoder: Decoder, pool: KVPool, scratch_slot: int | None = None) -> None:
+        self.pool = pool
+        self.shape = decoder.shape
+        self._layers = decoder.layers
+        self._outer = decoder.outer
+        self.expert_counts = decoder.expert_counts
+        self.classifier = decoder.classifier.weight if decoder.classifier is not None else None
+        self._table = decoder.rotary.table
+        self._eps = decoder.config.rms_eps
+        self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
+        self._comm = decoder.comm
+        self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
+        # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
+        ours = decoder.shape.size == 1 and decoder.device.type == "cuda"
+        self._few_tokens = (STREAM_TOKENS if decoder.dtype == torch.float32 else MAX_TOKENS) if ours else 0
+        self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=decoder.device)
+        self._scratch_slot = scratch_slot
+        self._mixtures = {
+            number: FusedMixture(layer.mlp, self._counters)
+            for number, layer in enumerate(self._layers)
+            if isinstance(layer.mlp, Mixture)
+        }
+
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
+        """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
+        the model's dtype; padding is -inf.
+
+        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
+        tokens; None: no token has one.
+        """
+        if len(tokens) <= self._few_tokens and rows is None and (adapters is None or ADAPTERS_BESIDE):
+            return self._few(tokens, positions, slots, attend, adapters)
+        return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden [wanted, hidden], as `logits` has them."""
+        return self._outer.head(hidden)
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
+        normed: Tensor | Rounded
+        hidden, normed = self._embed(tokens)
+        live = self._live(slots)
+        last = len(self._layers) - 1
+        for number, layer in enumerate(self._layers):
+            projected = layer.qkv(normed, adapters)
+            if rows is not None and number == last and not len(rows):
+                self._query(number, layer, projected, positions, slots)
+                return hidden[:0]  # the last layer's KV is all that was wanted
+            attended = self._attended(attend, number, layer, projected, positions, slots)
+            if rows is not None and number == last:
+                attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
+                live = None if live is None else live.index_select(0, rows)
+                adapters = adapters.at(rows) if adapters is not None else None
+            mlp = layer.mlp.gate_up if isinstance(layer.mlp, SwiGLU) else None
+            normed = self._add_norm(
+                hidden, layer.o.partial(attended, adapters), layer.mlp_norm.weight, self._rounding(mlp, hidden, adapters)
+            )
+            following = self._layers[number + 1].qkv if number < last else None
+            normed = self._add_norm(
+                hidden, self._mlp(number, layer, normed, live, adapters), self._next_norms[number],
+                self._rounding(following, hidden, adapters),
+            )  # fmt: skip
+        assert isinstance(normed, Tensor), "the head's is plain"
+        return normed
+
+    def _mlp(
+        self, number: int, layer: Layer, normed: Tensor | Rounded, live: Tensor | None, adapters: StepAdapters | None
+    ) -> Tensor:  # fmt: skip
+        """This rank's part of the sum."""
+        if isinstance(layer.mlp, Mixture):
+            assert isinstance(normed, Tensor), "experts' weights are plain"
+            return self._mixtures[number](normed, live)
+        down, gate_up = layer.mlp.down, layer.mlp.gate_up(normed, adapters)
+        weight = self._rounding(down, gate_up, adapters)
+        return down.partial(silu_mul(gate_up) if weight is None else silu_mul_rounded(gate_up, weight.group), adapters)
+
+    def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor, weight: Reduced | None) -> Tensor | Rounded:
+        """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that, rounded for `weight` if given."""
+        peers = self._comm.peers
+        if peers is not None and takes(peers, part):
+            return sum_add_rms_norm(peers, part, hidden, norm, self._eps)
+        part = self._comm.all_reduce(part)
+        if weight is not None:
+            return rounded_norm(hidden, norm, self._eps, weight.group, part)
+        return add_rms_norm(hidden, part, norm, self._eps)
+
+    def _rounding(self, linear: Linear | None, x: Tensor, adapters: StepAdapters | None) -> Reduced | None:
+        """The weight by which as many tokens as x has are multiplied rounded; None: they are not, or adapters read them."""
+        weight = None if linear is None or adapters is not None else linear.reduced
+        return weight if weight is not None and rounds(weight, len(x), x.dtype) else None
+
+    def _live(self, slots: Tensor) -> Tensor | None:
+        """Which tokens are no padding, where that matters."""
+        return slots < self._scratch_slot if self._mixtures and self._scratch_slot is not None else None
+
+    def _few(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, adapters: StepAdapters | None
+    ) -> Tensor:  # fmt: skip
+        hidden, _ = self._embed(tokens)
+        live = self._live(slots)
+        for number, layer in enumerate(self._layers):
+            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv, adapters)
+            pdl = self._pdl and len(tokens) <= DEPENDENT_TOKENS
+            attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
+            self._add(hidden, attended, layer.o, adapters)
+            if isinstance(layer.mlp, Mixture):
+                self._mixtures[number].add_to(hidden, layer.mlp_norm.weight, self._eps, live, pdl=pdl)
+            else:
+                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, adapters, swiglu=True)
+                self._add(hidden, gated, layer.mlp.down, adapters)
+        head = self._outer.head
+        return head.mask(self._of_norm(hidden, self._outer.norm.weight, head.linear))
+
+    def _of_norm(
+        self, hidden: Tensor, norm: Tensor, linear: Linear, adapters: StepAdapters | None = None, swiglu: bool = False
+    ) -> Tensor:  # fmt: skip
+        """The product of the norm of hidden [tokens, hidden], through SwiGLU if asked for."""
+        beside = self._beside(linear, adapters)
+        config = self._choose(linear, hidden, beside, swiglu)
+        if config is not None:
+            return self._product(hidden, linear, config, beside, norm_weight=norm, eps=self._eps, swiglu=swiglu)
+        product = linear(rms_norm(hidden, norm, self._eps), adapters)
+        return silu_mul(product) if swiglu else product
+
+    def _add(self, hidden: Tensor, x: Tensor, linear: Linear, adapters: StepAdapters | None) -> None:
+        """Adds the product of x [tokens, its width] to hidden [tokens, hidden]."""
+        beside = self._beside(linear, adapters)
+        config = self._choose(linear, x, beside)
+        if config is not None:
+            self._product(x, linear, config, beside, residual=hidden)
+        else:
+            hidden += linear(x, adapters)
+
+    def _beside(self, linear: Linear, adapters: StepAdapters | None) -> LowRank | None:
+        """What a product of ours adds of the tokens' adapters."""
+        return adapters.beside(linear.lora) if isinstance(adapters, DeviceRows) and linear.lora is not None else None
+
+    def _choose(self, linear: Linear, x: Tensor, beside: LowRank | None, swiglu: bool = False) -> Tiling | None:
+        rows = linear.out_features // 2 if swiglu else linear.out_features
+        bits = 16 if linear.reduced is None else linear.reduced.bits
+        if beside is not None:
+            return choose_adapted(rows, x.shape[1], len(x), x.dtype, beside.parts, swiglu, bits)
+        return choose(rows, x.shape[1], len(x), x.dtype, swiglu, bits)
+
+    def _product(self, x: Tensor, linear: Linear, config: Tiling, beside: LowRank | None, **parts: Any) -> Tensor:
+        """beside: of the tokens' adapters. parts: what else of `matvec` is fused with it."""
+        weight = linear.operand
+        small = weight.nbytes <= SMALL_WEIGHT_BYTES and len(x) <= DEPENDENT_TOKENS
+        return matvec(
+            x, weight, bias=linear.bias, pdl=self._pdl and (small or beside is not None), counters=self._counters,
+            config=config, low_rank=beside, **parts,
+        )  # fmt: skip
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and its norm for the first layer."""
+        weight, norm = self._outer.embedding.weight, self._layers[0].input_norm.weight
+        if self.shape.size > 1:
+            hidden = self._outer.embedding(tokens.long())
+            return hidden, rms_norm(hidden, norm, self._eps)
+        hidden, normed = (torch.empty(len(tokens), weight.shape[1], dtype=weight.dtype, device=weight.device) for _ in range(2))
+        embed_norm(tokens, weight, norm, self._eps, hidden, normed)
+        return hidden, normed
+
+    def _attended(
+        self, attend: Attend, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor, pdl: bool = False
+    ) -> Tensor:
+        """[tokens, heads * head_dim]."""
+        if attend.turns:
+            return attend(number, projected, self._turn(layer), layer.sinks).flatten(1)
+        return attend(number, self._query(number, layer, projected, positions, slots, pdl), sinks=layer.sinks).flatten(1)
+
+    def _turn(self, layer: Layer) -> HeadTurn:
+        return HeadTurn(*layer.head_norms(), self._eps, self._table)
+
+    def _query(
+        self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor, pdl: bool = False
+    ) -> Tensor:
+        """The layer's query, ready to attend; its keys and values are written."""
+        shape = self.shape
+        query = torch.empty(len(projected), shape.heads, shape.head_dim, dtype=projected.dtype, device=projected.device)
+        qk_norm_rope_write(
+            projected, self._turn(layer), positions, slots, self.pool.keys(number), self.pool.values(number), shape.heads,
+            shape.kv_heads, query, scales=self.pool.scales(number), pdl=pdl,
+        )  # fmt: skip
+        return query
