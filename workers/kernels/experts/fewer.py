@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.products.four_bits import added, of_groups
-from workers.kernels.products.mxfp4 import made_good, power, scaled, sixty_fourths
+from workers.kernels.products.mxfp4 import made_good, plain_power, scaled, sixty_fourths
 from workers.kernels.products.widen import between_one_and_two
 
 
@@ -54,7 +54,9 @@ def streamed(weight, scales, zeros, rows, x, there, factor, start, one, A: tl.co
     first = start // (1 if KIND == "fp8" else 4)
     pieces = _numbers(_elements(weight, rows, first, A, B, ROW, WIDTH), one, A, B, COLUMNS, KIND)
     if KIND == "mxfp4":
-        span = tl.minimum((first + eight) // (SPAN // 4), ROW // (SPAN // 4) - 1)
+        span = (first + eight) // (SPAN // 4)
+        if ROW % WIDTH != 0:
+            span = tl.minimum(span, ROW // (SPAN // 4) - 1)
         four = tl.load(scales + rows[:, :, None] * (ROW // (SPAN // 4)) + span[None, None, :])
     sums = tl.zeros([A, B, EACH // 8], tl.float32)
     for piece in tl.static_range(PIECES):
@@ -67,7 +69,7 @@ def streamed(weight, scales, zeros, rows, x, there, factor, start, one, A: tl.co
             part *= factor[:, :, None]
         eights = tl.sum(tl.reshape(pieces[piece].to(tl.float32) * part, [A, B, EACH // 8, 8]), 3)
         if KIND == "mxfp4":
-            eights *= power(four, piece, 0)
+            eights *= plain_power(four, piece)
         if KIND == "int4":
             begun = start + eight // STEP * (STEP * PIECES) + eight % STEP + piece * STEP
             at = rows[:, :, None] * (K // GROUP) + tl.minimum(begun // GROUP, K // GROUP - 1)[None, None, :]

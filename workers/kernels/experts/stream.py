@@ -26,10 +26,11 @@ from workers.kernels.launch import enter_last, fetch_rows, interpreted
 from workers.kernels.products.widen import ONE
 
 FEW_TOKENS = 4
-WARPS = tl.constexpr(4)  # of a program
+WARPS, FEWER_WARPS = 4, 1  # of a program; in fewer bits a warp has all rows, as otherwise x would go through shared memory
 ROWS = tl.constexpr(4)  # that a program takes: of gate, and as many of up; of down, each of all of a token's experts
 MOST_COLUMNS = 2048  # that `_up` takes at a time
 MOST_HELD = 3  # turns of `_down` whose W is in registers before it waits
+FEWER_STAGES = tl.constexpr(3)  # tiles of W in fewer bits ahead of the sums
 MOST_UNROLLED = 8  # turns of `_down`
 FEWER_COLUMNS = (1024, 512), (512, 256)  # in fewer bits, that `_up` takes at a time, and `_down`
 MOST_BEYOND = 8  # one part in so many of what is read at a time may lie beyond the last column
@@ -62,7 +63,7 @@ def _numbers(at, there, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
     """One token's scores in their order, whole in each warp: [WARPS, BLOCK], and whose they are. Past the L1 cache."""
     at = tl.arange(0, BLOCK)[None, :] + tl.zeros([WARPS, 1], tl.int32)
     score = tl.load(scores + at, mask=at < EXPERTS, other=float("-inf"), cache_modifier=".cg")
@@ -74,7 +75,7 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         tokens, eps, alpha, limit, one, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
         COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
-        GROUP: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+        GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice. one: `widen.ONE`."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     WHOLE: tl.constexpr = K <= COLUMNS
@@ -98,7 +99,7 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         squares += plain * plain
     whole = plain * tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
 
-    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
     found = tl.zeros([WARPS, 1], tl.int32)
     for _ in range(pair % TOP + 1):
         _, found, left = next_best(left, at, 1, BLOCK)
@@ -124,9 +125,8 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
     else:
         of_all = expert * (2 * N) + rows
         x_at, there = source + tl.zeros([1, 1], tl.int32), tl.full([1, 1], 1, tl.int1)
-        sums = streamed(weight, scales, zeros, of_all, x_at, there, norm_weight, 0, one, 2, ROWS, K, COLUMNS, True, KIND, GROUP,
-                        SPAN)  # fmt: skip
-        for start in tl.static_range(COLUMNS, K, COLUMNS):
+        sums = tl.zeros([2, ROWS, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
+        for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
             sums += streamed(weight, scales, zeros, of_all, x_at, there, norm_weight, start, one, 2, ROWS, K, COLUMNS, True, KIND,
                              GROUP, SPAN)  # fmt: skip
         total = tl.sum(sums, 2) * scale
@@ -158,7 +158,7 @@ def _tile(base, start, K: tl.constexpr, COLUMNS: tl.constexpr):
 def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, zeros, scores_stride, shared_stride, out_stride,
           one, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
           COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
-          KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of one token, over all of its experts. What it has of W before it waits depends on the scores
     alone, which `_up` has waited for before this one may start."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -167,7 +167,7 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
     safe = tl.minimum(row, N - 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
     place = tl.arange(0, PLACES)
     experts = tl.zeros([WARPS, PLACES], tl.int32)
     for number in tl.static_range(TOP):
@@ -208,16 +208,10 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
         total = tl.sum(tl.sum(sums, 2), 1)
     else:
         x_at, there = x + (token * TOP + place)[None, :] * K, (place < TOP)[None, :]
-        sums = streamed(weight, scales, zeros, rows, x_at, there, shares[None, :], 0, one, ROWS, PLACES, K, COLUMNS, False, KIND,
-                        GROUP, SPAN)  # fmt: skip
-        if UNROLLED:
-            for start in tl.static_range(COLUMNS, K, COLUMNS):
-                sums += streamed(weight, scales, zeros, rows, x_at, there, shares[None, :], start, one, ROWS, PLACES, K, COLUMNS,
-                                 False, KIND, GROUP, SPAN)  # fmt: skip
-        else:
-            for start in tl.range(COLUMNS, K, COLUMNS):
-                sums += streamed(weight, scales, zeros, rows, x_at, there, shares[None, :], start, one, ROWS, PLACES, K, COLUMNS,
-                                 False, KIND, GROUP, SPAN)  # fmt: skip
+        sums = tl.zeros([ROWS, PLACES, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
+        for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
+            sums += streamed(weight, scales, zeros, rows, x_at, there, shares[None, :], start, one, ROWS, PLACES, K, COLUMNS,
+                             False, KIND, GROUP, SPAN)  # fmt: skip
         each = tl.sum(sums, 2)
         if GROUP == 0:
             each *= tl.load(scales + rows).to(tl.float32)
@@ -247,7 +241,9 @@ def few_up(
     gates = torch.empty(tokens, dtype=torch.float32, device=x.device) if scores.shape[1] > experts else None
     pdl = pdl and not interpreted()
     w = operand(weight)
-    columns = min(MOST_COLUMNS, triton.next_power_of_2(k)) if w.kind == "plain" else choose_fewer_columns(k, True, w.span)
+    plain = w.kind == "plain"
+    columns = min(MOST_COLUMNS, triton.next_power_of_2(k)) if plain else choose_fewer_columns(k, True, w.span)
+    warps = WARPS if plain else FEWER_WARPS
     _up[(tokens + tokens * top * triton.cdiv(n, ROWS.value),)](
         x, norm_weight, w.values, w.values if bias is None else bias, scores, scores if live is None else live, chosen, weights,
         weights if gates is None else gates, load, out, w.scales, w.zeros, x.stride(0), scores.stride(0), tokens, eps,
@@ -255,7 +251,7 @@ def few_up(
         BLOCK=triton.next_power_of_2(experts), TOP=top, PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all,
         NORMALIZED=rule.normalized, LIVE=live is not None, SHARED=gates is not None,
         COLUMNS=columns, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group,
-        SPAN=w.span, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
+        SPAN=w.span, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, Choice(chosen, weights, gates)
 
@@ -274,7 +270,7 @@ def few_down(
     w = operand(weight)
     plain = w.kind == "plain"
     columns = choose_columns(k) if plain else choose_fewer_columns(k, False, w.span)
-    turns = triton.cdiv(k, columns)
+    turns, warps = triton.cdiv(k, columns), WARPS if plain else FEWER_WARPS
     pdl = pdl and not interpreted()
     added = residual if shared is None else shared
     _down[(len(residual) * triton.cdiv(n, ROWS.value),)](
@@ -283,5 +279,5 @@ def few_down(
         added.stride(0), residual.stride(0), ONE, N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
         PLACES=triton.next_power_of_2(top), COLUMNS=columns, HELD=min(MOST_HELD, turns) if plain else 0,
         UNROLLED=turns <= MOST_UNROLLED, BIAS=bias is not None, SHARED=shared is not None, KIND=w.kind, GROUP=w.group,
-        SPAN=w.span, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
+        SPAN=w.span, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -79,16 +79,25 @@ def sixty_fourths(elements):
 
 
 @triton.jit
-def power(four, PLACE: tl.constexpr, MORE: tl.constexpr):
+def plain_power(four, PLACE: tl.constexpr):
     """four: int32, four exponents as they are stored, the first in the lowest bits -> two to the power of one of them, as it
-    is meant, and MORE, in float32; beyond 2^127: 2^127."""
+    is meant, in float32."""
+    moved = (four << 23 - 8 * PLACE) if PLACE < 3 else (four >> 1)
+    return (moved & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power(four, PLACE: tl.constexpr, MORE: tl.constexpr):
+    """The same, and MORE; beyond 2^127: 2^127."""
     exponent = tl.minimum(((four >> 8 * PLACE) & 255) + MORE, 254)
-    return (tl.maximum(exponent, 0) << 23).to(tl.float32, bitcast=True)
+    if MORE < 0:
+        exponent = tl.maximum(exponent, 0)
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scale_of_bfloat16(four, shape: tl.constexpr, PLACE: tl.constexpr):
-    return tl.broadcast_to(power(four, PLACE, 62).to(tl.bfloat16)[:, None], shape)
+    return tl.broadcast_to(_power(four, PLACE, 62).to(tl.bfloat16)[:, None], shape)
 
 
 @triton.jit
@@ -105,10 +114,10 @@ def scaled(elements, four, DTYPE: tl.constexpr):
         MORE: tl.constexpr = 6 - 64 if DTYPE == tl.bfloat16 else 6  # noqa: SIM300
         n0, n1, n2, n3 = sixty_fourths(elements)
         WIDE: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.float32
-        n0 = (n0.to(WIDE) * power(four, 0, MORE).to(WIDE)[:, None]).to(DTYPE)
-        n1 = (n1.to(WIDE) * power(four, 1, MORE).to(WIDE)[:, None]).to(DTYPE)
-        n2 = (n2.to(WIDE) * power(four, 2, MORE).to(WIDE)[:, None]).to(DTYPE)
-        n3 = (n3.to(WIDE) * power(four, 3, MORE).to(WIDE)[:, None]).to(DTYPE)
+        n0 = (n0.to(WIDE) * _power(four, 0, MORE).to(WIDE)[:, None]).to(DTYPE)
+        n1 = (n1.to(WIDE) * _power(four, 1, MORE).to(WIDE)[:, None]).to(DTYPE)
+        n2 = (n2.to(WIDE) * _power(four, 2, MORE).to(WIDE)[:, None]).to(DTYPE)
+        n3 = (n3.to(WIDE) * _power(four, 3, MORE).to(WIDE)[:, None]).to(DTYPE)
     return n0, n1, n2, n3
 
 
