@@ -62,13 +62,16 @@ def choose_tiling(size: int, dtype: torch.dtype, gated: bool, w: Operand | None 
 
 
 def _tiling_of_fewer(size: int, dtype: torch.dtype, gated: bool, w: Operand) -> Tiling:
-    """What is read at a time shares a scale, of four bits each quarter by itself."""
+    """Columns that are read at a time share a scale, of four bits those of each quarter. Sums that scales are applied to take
+    registers, as do numbers of FP8, which are widened all at once."""
     columns = min(128, w.span if w.kind in FOUR_BITS else w.group or 128)
     if dtype == torch.float32:
         return Tiling(32, columns, 4, 2)
+    if gated and size > 32 and (w.kind == "int4" or (w.kind == "fp8" and size > 64)):
+        columns = min(64, columns)
     if size > 64:
-        return Tiling(128, columns, 8, 2 if gated else 3)
-    return Tiling(64, columns, 4, 3)
+        return Tiling(64 if w.kind == "int4" else 128, columns, 8, 2 if gated and w.kind == "mxfp4" else 3)
+    return Tiling(128 if size < 64 and not gated and w.kind in FOUR_BITS else 64, columns, 4, 3)
 
 
 @triton.jit
