@@ -1,5 +1,5 @@
-"""What is multiplied in fewer bits than sums are made in: matrices in FP8, four bits or MXFP4, with a scale for each row or group
-of columns, and activations in FP8, with a scale for each token or group of its columns.
+"""What is multiplied in fewer bits than sums are made in: matrices in FP8, four bits or MXFP4, with a scale for each row or
+group of columns, and activations in FP8, with a scale for each token or group of its columns.
 
 Imports torch.
 """

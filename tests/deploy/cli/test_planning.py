@@ -87,13 +87,22 @@ def test_weights_that_a_gpu_keeps_in_fewer_bits(tmp_path: Path) -> None:
     assert says(quantization="fp8", device="cpu") == [f"{heading} plain numbers", f"weights          {in_units(plain)} a rank"]
 
 
-def test_experts_in_mxfp4_take_the_room_of_plain_ones(tmp_path: Path) -> None:
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Take the room of plain ones on a CPU; on a GPU a byte for two numbers, of whole spans of 128, and one for 32."""
     plain, quantised = make("gpt_oss", tmp_path / "plain", dtype=torch.bfloat16), tmp_path / "quantised"
     quantise(plain, quantised, MXFP4, is_stack)
-    asked = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    told = [plan_lines(EngineConfig(model=str(path), **asked), None)[0] for path in (plain, quantised)]  # type: ignore[arg-type]
-    assert told[0][1:] == told[1][1:]
-    assert told[1][0] == f"{told[0][0]}, weights quantised: mxfp4 (MXFP4), MXFP4 of experts kept as plain numbers"
+
+    def says(path: Path, device: str) -> list[str]:
+        config = EngineConfig(model=str(path), device=device, tensor_parallel_size=2, enable_expert_parallel=True)
+        return plan_lines(config, None)[0]
+
+    told = says(plain, "cpu")
+    heading = f"{told[0]}, weights quantised: mxfp4 (MXFP4), MXFP4 of experts kept as"
+    assert says(quantised, "cpu") == [f"{heading} plain numbers", *told[1:]]
+    weights = footprint(read_model(plain), 2, torch.bfloat16, 16).weight_bytes
+    kept = footprint(read_model(quantised), 2, torch.bfloat16, 16, keeps=True).weight_bytes
+    assert f"{heading} they are" == says(quantised, "cuda")[0]
+    assert kept < weights
 
 
 def test_the_command_reads_no_weights(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ from workers.kernels.products.widen import between_one_and_two
 
 
 @triton.jit
-def _elements(weight, rows, first, A: tl.constexpr, B: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr):
+def _elements(weight, rows, first, ROW: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH elements from `first` on of rows [A, B] that have ROW of them, zeros beyond: [A, B, WIDTH]."""
     element = first + tl.arange(0, WIDTH)[None, None, :]
     at = weight + rows[:, :, None] * ROW + element
     if ROW % WIDTH == 0:
-        return tl.load(at, eviction_policy="evict_first")
+        tile = tl.load(at, eviction_policy="evict_first")
     else:
-        return tl.load(at, mask=element < ROW, other=0.0, eviction_policy="evict_first")
+        tile = tl.load(at, mask=element < ROW, other=0.0, eviction_policy="evict_first")
+    return tile
 
 
 @triton.jit
@@ -30,12 +31,13 @@ def _numbers(tile, one, A: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
     if KIND == "fp8":
         sixteens = tl.permute(tl.reshape(tile, [A, B, COLUMNS // 16, 2, 8]), [0, 1, 2, 4, 3])
         first, second = tl.split(sixteens)
-        return tl.reshape(first, [A, B, COLUMNS // 2]), tl.reshape(second, [A, B, COLUMNS // 2])
+        pieces = tl.reshape(first, [A, B, COLUMNS // 2]), tl.reshape(second, [A, B, COLUMNS // 2])
     elif KIND == "int4":
-        return (between_one_and_two(tile, one, 0), between_one_and_two(tile, one, 1), between_one_and_two(tile, one, 2),
-                between_one_and_two(tile, one, 3))  # fmt: skip
+        pieces = (between_one_and_two(tile, one, 0), between_one_and_two(tile, one, 1), between_one_and_two(tile, one, 2),
+                  between_one_and_two(tile, one, 3))  # fmt: skip
     else:
-        return sixty_fourths(tile)
+        pieces = sixty_fourths(tile)
+    return pieces
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def streamed(weight, scales, zeros, rows, x, there, factor, start, one, A: tl.co
              SPAN: tl.constexpr):  # fmt: skip
     """What COLUMNS numbers of W's rows [A, B] give, from `start` on, in float32: [A, B, sums of a thread's own]. x: where the
     numbers begin that all rows are multiplied by, or those of each of B; there, of that shape: whether they are. factor: what
-    they are multiplied by, of that shape or, with NORM, where its K numbers are. Where a row has one scale, it is not applied."""
+    they are multiplied by, of that shape or, with NORM, where its K numbers are. A scale for all of a row is not applied."""
     PIECES: tl.constexpr = 2 if KIND == "fp8" else 4
     ROW: tl.constexpr = (K + SPAN - 1) // SPAN * SPAN // (1 if KIND == "fp8" else 4)  # elements
     WIDTH: tl.constexpr = COLUMNS // (1 if KIND == "fp8" else 4)
@@ -52,7 +54,7 @@ def streamed(weight, scales, zeros, rows, x, there, factor, start, one, A: tl.co
     STEP: tl.constexpr = 8 if KIND == "fp8" else SPAN // 4  # columns from a piece to the next
     each, eight = tl.arange(0, EACH), 8 * tl.arange(0, EACH // 8)
     first = start // (1 if KIND == "fp8" else 4)
-    pieces = _numbers(_elements(weight, rows, first, A, B, ROW, WIDTH), one, A, B, COLUMNS, KIND)
+    pieces = _numbers(_elements(weight, rows, first, ROW, WIDTH), one, A, B, COLUMNS, KIND)
     if KIND == "mxfp4":
         span = (first + eight) // (SPAN // 4)
         if ROW % WIDTH != 0:
@@ -88,32 +90,32 @@ def streamed(weight, scales, zeros, rows, x, there, factor, start, one, A: tl.co
 @triton.jit
 def _tile_sums(sums, elements, scale, zero, a0, a1, a2, a3, KIND: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     if KIND == "int4":
-        return added(sums, elements, zero, scale, a0, a1, a2, a3, DTYPE, PRECISION)
+        sums = added(sums, elements, zero, scale, a0, a1, a2, a3, DTYPE, PRECISION)
     else:
         n0, n1, n2, n3 = scaled(elements, scale, DTYPE)
         sums = tl.dot(n0, a0, sums, input_precision=PRECISION)
         sums = tl.dot(n1, a1, sums, input_precision=PRECISION)
         sums = tl.dot(n2, a2, sums, input_precision=PRECISION)
-        return tl.dot(n3, a3, sums, input_precision=PRECISION)
+        sums = tl.dot(n3, a3, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
 def _of_place(scales, zeros, rows, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
     """The scales and zero points [ROWS] of the four quarters at that column; of MXFP4 all scales in one element."""
     if KIND == "int4":
-        return (of_groups(scales, rows, column, K, GROUP, SPAN // 4), of_groups(zeros, rows, column, K, GROUP, SPAN // 4))
+        scale = of_groups(scales, rows, column, K, GROUP, SPAN // 4)
+        zero = of_groups(zeros, rows, column, K, GROUP, SPAN // 4)
     else:
-        four = tl.load(scales + rows * ((K + SPAN - 1) // SPAN) + column // SPAN)
-        return four, four
+        scale = tl.load(scales + rows * ((K + SPAN - 1) // SPAN) + column // SPAN)
+        zero = scale
+    return scale, zero
 
 
 @triton.jit
 def _of_x(at, column, there, K: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr):
     """x [WIDTH, SIZE], zeros beyond K."""
-    if K % SPAN == 0:
-        mask = there[None, :]
-    else:
-        mask = there[None, :] & (column + tl.arange(0, WIDTH) < K)[:, None]
+    mask = there[None, :] if K % SPAN == 0 else there[None, :] & (column + tl.arange(0, WIDTH) < K)[:, None]
     return tl.load(at + column, mask=mask, other=0.0)
 
 

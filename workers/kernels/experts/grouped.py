@@ -113,8 +113,8 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
     source = (pair // TOP if GATED else place).to(tl.int64)
 
     if KIND == "int4" or KIND == "mxfp4":
-        sums, ups = four_bit_sums(x, weight, scales, zeros, rows, others, source, there, x_stride, K, ROWS, SIZE, COLUMNS, STAGES,
-                                  GATED, KIND, GROUP, SPAN, PRECISION)  # fmt: skip
+        sums, ups = four_bit_sums(x, weight, scales, zeros, rows, others, source, there, x_stride, K, ROWS, SIZE, COLUMNS,
+                                  STAGES, GATED, KIND, GROUP, SPAN, PRECISION)  # fmt: skip
     else:
         DTYPE: tl.constexpr = x.dtype.element_ty
         column = tl.arange(0, COLUMNS)
@@ -189,8 +189,8 @@ def _launch(
     tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
     _product[(tiles * triton.cdiv(n, tiling.rows),)](
         x, w.values, w.values if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
-        w.scales, w.zeros, x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1], TOP=routing.per_token,
-        SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated, IN_TURNS=in_turns,
+        w.scales, w.zeros, x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
+        TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated, IN_TURNS=in_turns,
         CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group, SPAN=w.span,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip

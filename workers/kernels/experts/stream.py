@@ -72,7 +72,8 @@ def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexp
 
 @triton.jit(do_not_specialize=["tokens"])
 def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, scales, zeros, x_stride, scores_stride,
-        tokens, eps, alpha, limit, one, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+        tokens, eps, alpha, limit, one,
+        N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
         COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
         GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -127,8 +128,8 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         x_at, there = source + tl.zeros([1, 1], tl.int32), tl.full([1, 1], 1, tl.int1)
         sums = tl.zeros([2, ROWS, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
         for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
-            sums += streamed(weight, scales, zeros, of_all, x_at, there, norm_weight, start, one, 2, ROWS, K, COLUMNS, True, KIND,
-                             GROUP, SPAN)  # fmt: skip
+            sums += streamed(weight, scales, zeros, of_all, x_at, there, norm_weight, start, one, 2, ROWS, K, COLUMNS, True,
+                             KIND, GROUP, SPAN)  # fmt: skip
         total = tl.sum(sums, 2) * scale
         if GROUP == 0:
             total *= tl.load(scales + of_all).to(tl.float32)
@@ -156,7 +157,8 @@ def _tile(base, start, K: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, zeros, scores_stride, shared_stride, out_stride,
-          one, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
+          one,
+          N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
           COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
           KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of one token, over all of its experts. What it has of W before it waits depends on the scores

@@ -111,9 +111,9 @@ def scaled(elements, four, DTYPE: tl.constexpr):
              _scale_of_bfloat16(four, elements.shape, 2), _scale_of_bfloat16(four, elements.shape, 3)],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)  # fmt: skip
     else:
-        MORE: tl.constexpr = 6 - 64 if DTYPE == tl.bfloat16 else 6  # noqa: SIM300
+        MORE: tl.constexpr = 6 - 64 if tl.bfloat16 == DTYPE else 6
         n0, n1, n2, n3 = sixty_fourths(elements)
-        WIDE: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.float32
+        WIDE: tl.constexpr = tl.float16 if tl.float16 == DTYPE else tl.float32
         n0 = (n0.to(WIDE) * _power(four, 0, MORE).to(WIDE)[:, None]).to(DTYPE)
         n1 = (n1.to(WIDE) * _power(four, 1, MORE).to(WIDE)[:, None]).to(DTYPE)
         n2 = (n2.to(WIDE) * _power(four, 2, MORE).to(WIDE)[:, None]).to(DTYPE)
@@ -124,4 +124,4 @@ def scaled(elements, four, DTYPE: tl.constexpr):
 @triton.jit
 def made_good(sums, DTYPE: tl.constexpr):
     """Sums of products with what `scaled` gives."""
-    return sums * 18446744073709551616.0 if DTYPE == tl.bfloat16 else sums
+    return sums * 18446744073709551616.0 if tl.bfloat16 == DTYPE else sums

@@ -1,5 +1,5 @@
-"""In what form a rank keeps each linear layer's and each expert's weight: FP8, four bits or MXFP4 where a device has kernels for
-it, else plain.
+"""In what form a rank keeps each linear layer's and each expert's weight: FP8, four bits or MXFP4 where a device has kernels
+for it, else plain.
 
 Imports torch.
 """
@@ -18,7 +18,7 @@ LEAST_COLUMNS = 16
 """Of which the library's FP8 products take multiples."""
 
 LEAST_SPAN = 64
-"""Columns of an expert in integers of four bits of which their number is a multiple: a quarter of them is multiplied at a time."""
+"""Columns of which experts in integers of four bits have a multiple: a quarter of them is multiplied at a time."""
 
 LEAST_CAPABILITY = (8, 9)
 """Of a GPU that has FP8."""
@@ -27,8 +27,8 @@ LEAST_CAPABILITY = (8, 9)
 @dataclass(frozen=True, slots=True)
 class LinearForm:
     """bits: 16 for the model's dtype, whatever it is; 8 for FP8; 4. group: columns that share a scale, None for all of them.
-    scale: of the scales; float8_e8m0fnu: of MXFP4. rounded: in the model's dtype, but only numbers that FP8 has, with a scale for
-    each row."""
+    scale: of the scales; float8_e8m0fnu: of MXFP4. rounded: in the model's dtype, but only numbers that FP8 has, with a scale
+    for each row."""
 
     bits: int = 16
     group: int | None = None
@@ -66,7 +66,7 @@ class Forms:
         return form
 
     def of_experts(self, modules: Sequence[str], columns: int) -> LinearForm:
-        """Of the matrices that hold these modules' rows, or this rank's columns of them: one form for all experts of a layer."""
+        """Of the matrices that hold these modules' rows, or this rank's columns of them: one for all experts of a layer."""
         scheme = self._scheme
         if scheme is None:
             return PLAIN
