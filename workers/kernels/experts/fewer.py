@@ -25,16 +25,25 @@ def _elements(weight, rows, first, ROW: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _halves(tile, A: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr):
+    first, second = tl.split(tl.permute(tl.reshape(tile, [A, B, COLUMNS // 16, 2, 8]), [0, 1, 2, 4, 3]))
+    return tl.reshape(first, [A, B, COLUMNS // 2]), tl.reshape(second, [A, B, COLUMNS // 2])
+
+
+@triton.jit
+def _between_one_and_two(tile, one):
+    return (between_one_and_two(tile, one, 0), between_one_and_two(tile, one, 1), between_one_and_two(tile, one, 2),
+            between_one_and_two(tile, one, 3))  # fmt: skip
+
+
+@triton.jit
 def _numbers(tile, one, A: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr):
     """A tile's pieces, in the numbers that are streamed: of FP8 of each sixteen the first eight and the others, of four bits
     the quarters, of int4 between 1 and 2, of MXFP4 sixty-fourths."""
     if KIND == "fp8":
-        sixteens = tl.permute(tl.reshape(tile, [A, B, COLUMNS // 16, 2, 8]), [0, 1, 2, 4, 3])
-        first, second = tl.split(sixteens)
-        pieces = tl.reshape(first, [A, B, COLUMNS // 2]), tl.reshape(second, [A, B, COLUMNS // 2])
+        pieces = _halves(tile, A, B, COLUMNS)
     elif KIND == "int4":
-        pieces = (between_one_and_two(tile, one, 0), between_one_and_two(tile, one, 1), between_one_and_two(tile, one, 2),
-                  between_one_and_two(tile, one, 3))  # fmt: skip
+        pieces = _between_one_and_two(tile, one)
     else:
         pieces = sixty_fourths(tile)
     return pieces
