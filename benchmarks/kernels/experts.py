@@ -16,7 +16,7 @@ from benchmarks.kernels.reduced import random_weight
 from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
 from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stacked import Stacked, Weight
-from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
+from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up, most_tokens
 from workers.kernels.reduced import E8M0_BIAS, FP4_BLOCK, Microscaled
 
 
@@ -58,7 +58,7 @@ class MixtureProblem:
         self.hidden, self.norm = self.x.clone(), normal(hidden)
         self.load = torch.zeros(shape.experts, dtype=torch.int64, device=DEVICE)
         self.size = tile_size(tokens, shape.per_token, shape.experts)
-        self.rule, self.few = Rule(shape.per_token, True, True), tokens <= FEW_TOKENS
+        self.rule, self.few = Rule(shape.per_token, True, True), tokens <= most_tokens(self.gate_up, self.down)
 
     def ours(self, pdl: bool = False) -> Tensor:
         return self.streamed(pdl) if self.few else self.grouped(pdl)
@@ -138,8 +138,9 @@ def experts_case(shape: MixtureShape, tokens: int, form: str | None = None) -> C
         runs: Runs = {OURS: problem.ours, OURS_PDL: lambda: problem.ours(True)}
         if form is None:
             runs["torch._grouped_mm"] = problem.library
-        if problem.few:
-            runs["grouped pdl"] = lambda: problem.grouped(True)
+        if tokens <= FEW_TOKENS:
+            other = ("grouped pdl", problem.grouped) if problem.few else ("streamed pdl", problem.streamed)
+            runs[other[0]] = lambda: other[1](True)
         return Problem(runs, problem.error)
 
     numbers = 3 * shape.hidden * shape.intermediate

@@ -17,12 +17,11 @@ from workers.kernels.experts.dense import DenseTiling, dense_product, takes
 from workers.kernels.experts.fewer import four_bit_sums
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
-from workers.kernels.experts.stacked import Operand, Weight, operand
+from workers.kernels.experts.stacked import FOUR_BITS, Operand, Weight, operand
 from workers.kernels.launch import enter, interpreted
 from workers.kernels.products.widen import of_fp8
 
 SUM_BLOCK = 1024
-FOUR_BITS = "int4", "mxfp4"
 NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run together: W is in the L2 cache for an expert's others
 
 

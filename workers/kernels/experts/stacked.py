@@ -39,6 +39,9 @@ Weight: TypeAlias = Tensor | Stacked
 """[experts, rows, columns], contiguous."""
 
 
+FOUR_BITS = "int4", "mxfp4"
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """As kernels are given it. kind: "plain", "fp8", "int4" or "mxfp4", whose scales are four in an element of 32 bits. group:

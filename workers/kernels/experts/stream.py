@@ -1,4 +1,4 @@
-"""The experts of up to 4 tokens: multiplies and adds in float32 while each pair's matrices stream through registers.
+"""The experts of up to 4 tokens, in four bits 2: multiplies and adds in float32 while each pair's matrices stream through registers.
 
 Two launches, from the router's scores to the sum: gate and up of each pair, of the norm of x, with SwiGLU; then down of a
 token's pairs, times their weights and added up, with the residual. Every program finds its experts by itself, which takes less
@@ -21,11 +21,11 @@ from torch import Tensor
 from workers.kernels.experts.fewer import streamed
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
-from workers.kernels.experts.stacked import Weight, operand
+from workers.kernels.experts.stacked import FOUR_BITS, Weight, operand
 from workers.kernels.launch import enter_last, fetch_rows, interpreted
 from workers.kernels.products.widen import ONE
 
-FEW_TOKENS = 4
+FEW_TOKENS, FEW_OF_FOUR_BITS = 4, 2
 WARPS, FEWER_WARPS = 4, 1  # of a program; in fewer bits a warp has all rows, as otherwise x would go through shared memory
 ROWS = tl.constexpr(4)  # that a program takes: of gate, and as many of up; of down, each of all of a token's experts
 MOST_COLUMNS = 2048  # that `_up` takes at a time
@@ -34,6 +34,11 @@ FEWER_STAGES = tl.constexpr(3)  # tiles of W in fewer bits ahead of the sums
 MOST_UNROLLED = 8  # turns of `_down`
 FEWER_COLUMNS = (1024, 512), (512, 256)  # in fewer bits, that `_up` takes at a time, and `_down`
 MOST_BEYOND = 8  # one part in so many of what is read at a time may lie beyond the last column
+
+
+def most_tokens(*weights: Weight) -> int:
+    """Up to which experts stream. In four bits they take longer than memory does, by their instructions, for each token anew."""
+    return FEW_OF_FOUR_BITS if any(operand(weight).kind in FOUR_BITS for weight in weights) else FEW_TOKENS
 
 
 def choose_columns(k: int) -> int:
