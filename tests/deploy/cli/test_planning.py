@@ -16,6 +16,7 @@ from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
 from tests.checkpoints import make_checkpoint
 from tests.quantising import MXFP4, is_stack, quantise
+from workers.config import ReadingConfig
 from workers.model.config.architectures import torch_dtype
 from workers.model.config.fields import CheckpointError
 from workers.model.footprint import footprint
@@ -100,8 +101,9 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     told = says(plain, device="cpu")
     heading = f"{told[0]}, weights quantised: mxfp4 (MXFP4), MXFP4 of experts kept as"
     assert says(quantised, device="cpu") == [f"{heading} plain numbers", *told[1:]]
-    weights = footprint(read_model(plain), 2, torch.bfloat16, 16).weight_bytes
-    kept = footprint(read_model(quantised), 2, torch.bfloat16, 16, keeps=True).weight_bytes
+    how = ReadingConfig(enable_expert_parallel=True)
+    weights = footprint(read_model(plain, how), 2, torch.bfloat16, 16).weight_bytes
+    kept = footprint(read_model(quantised, how), 2, torch.bfloat16, 16, keeps=True).weight_bytes
     assert says(quantised)[:2] == [f"{heading} they are", f"weights          {in_units(kept)} a rank"]
     assert kept < weights
 
