@@ -1,4 +1,5 @@
-"""The experts of up to 4 tokens, in four bits 2: multiplies and adds in float32 while each pair's matrices stream through registers.
+"""The experts of up to 4 tokens, in four bits 2: multiplies and adds in float32 while each pair's matrices stream through
+registers.
 
 Two launches, from the router's scores to the sum: gate and up of each pair, of the norm of x, with SwiGLU; then down of a
 token's pairs, times their weights and added up, with the residual. Every program finds its experts by itself, which takes less
@@ -37,7 +38,7 @@ MOST_BEYOND = 8  # one part in so many of what is read at a time may lie beyond 
 
 
 def most_tokens(*weights: Weight) -> int:
-    """Up to which experts stream. In four bits they take longer than memory does, by their instructions, for each token anew."""
+    """Up to which experts stream. In four bits their instructions take longer than memory does, for each token anew."""
     return FEW_OF_FOUR_BITS if any(operand(weight).kind in FOUR_BITS for weight in weights) else FEW_TOKENS
 
 

@@ -43,9 +43,10 @@ def stacked(kind: str, rows: int, columns: int, device: str) -> Stacked:
 def mixture(kind: str, width: int, hidden: int, device: str, biased: bool) -> tuple[Stacked, Stacked, Weights]:
     """Gate and up, down, and what they stand for, in float64; as gpt-oss has them where there are biases."""
     gate_up, down = stacked(kind, 2 * width, hidden, device), stacked(kind, hidden, width, device)
-    exact = Weights(
-        *(torch.stack([each.numbers(expert, torch.float64) for expert in range(EXPERTS)]) for each in (gate_up, down))
+    wide, narrow = (
+        torch.stack([each.numbers(expert, torch.float64) for expert in range(EXPERTS)]) for each in (gate_up, down)
     )
+    exact = Weights(wide, narrow)
     if biased:
         exact = replace(
             exact, gate_up_bias=torch.randn(EXPERTS, 2 * width, device=device),
