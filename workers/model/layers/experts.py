@@ -80,7 +80,7 @@ def expert_modules(config: MixtureConfig, name: str) -> tuple[list[str], list[st
 
 class Experts:
     """gate_up [experts, 2 * intermediate, hidden]: the gate's rows first, or in turns with the other's where the family packs
-    them so. down [experts, hidden, intermediate]. Either may be kept in fewer bits, with which a GPU alone computes. A down bias
+    them so. down [experts, hidden, intermediate]. Either may be in fewer bits, with which a GPU alone computes. A down bias
     that ranks would add several times rank 0 adds."""
 
     def __init__(
