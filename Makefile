@@ -1,6 +1,7 @@
-# The two commands, and a third. All make `.venv` first and reuse it until a pin changes.
+# The two commands, and those beside them. All make `.venv` first and reuse it until a pin changes.
 #   make run      generate from the example checkpoint on a local Ray cluster
 #   make test     ruff, mypy --strict, import contracts, pytest
+#   make test-all the same with the tests marked slow: every fault on Ray, every form of every kernel
 #   make clients  the clients that people use, from an environment of their own (`.venv-clients`), against `manta serve`
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes, each of which would compile everything anew
 
-.PHONY: run test lint clients install clean
+.PHONY: run test test-all lint clients install clean
 
 run: $(STAMP)
 	$(BIN)/manta generate --groups 2 --tensor-parallel-size 2 --input examples/prompts.jsonl --stream
@@ -22,6 +23,9 @@ run: $(STAMP)
 # Three processes: two wait for Ray clusters most of the time while the third computes (tests/conftest.py).
 test: lint
 	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+
+test-all: lint
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder -m ''
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

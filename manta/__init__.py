@@ -10,6 +10,7 @@ claim()
 
 from cluster.engine import EngineError  # noqa: E402
 from deploy.config.load import ConfigError  # noqa: E402
+from deploy.doors.python.llm import LLM  # noqa: E402
 from deploy.frontend.errors import Fault  # noqa: E402
 from deploy.frontend.outputs import (  # noqa: E402
     CompletionOutput,
@@ -18,8 +19,7 @@ from deploy.frontend.outputs import (  # noqa: E402
     RequestOutput,
     ScoringRequestOutput,
 )
-from deploy.llm import LLM  # noqa: E402
-from deploy.text.prompts import PromptError  # noqa: E402
+from deploy.text.content import PromptError  # noqa: E402
 from scheduler.protocol.sampling import Grammar, SamplingParams  # noqa: E402
 
 __all__ = [

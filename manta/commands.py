@@ -10,12 +10,12 @@ import typer
 
 from deploy.batch.command import batch
 from deploy.cli import commands
-from deploy.cli.exits import Termination, leave, reported_errors
 from deploy.cli.models import models
 from deploy.cli.operating import drain, roll
 from deploy.cli.planning import plan
 from deploy.config.load import ConfigError
 from deploy.status.command import top
+from deploy.terminal.exits import Termination, leave, reported_errors
 from simulator.command import OldSpellings
 from simulator.command import command as replay
 

@@ -13,8 +13,8 @@ from kvcache.hashing import hash_run, salt_seed
 from scheduler.core import SchedulerCore
 from scheduler.queue.limits import blocks_for
 from scheduler.running.resident import ResidentGroup
+from scheduler.running.window import Window
 from scheduler.sequence import Sequence, State
-from scheduler.window import Window
 
 
 def check(core: SchedulerCore) -> None:

@@ -20,9 +20,9 @@ from scheduler.queue.waiting import WaitingRoom
 from scheduler.running.prefixes import Prefixes
 from scheduler.running.resident import ResidentGroup, Watch
 from scheduler.running.transfers import Transfers
+from scheduler.running.window import Window
 from scheduler.sequence import Sequence
 from scheduler.server.outbox import Outbox
-from scheduler.window import Window
 
 
 class ClusterState:

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from typer.core import TyperCommand
 
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption
 from deploy.config.load import ConfigError
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import DebugOption
 from scheduler.placement.why import Decision
 from simulator.engines import ClusterShape
 from simulator.report import Outcome, Target

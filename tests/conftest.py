@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from deploy.config.load import bound_openmp_spin
-from tests.ray_logs import troubles
+from tests.shared.ray_logs import troubles
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores
@@ -49,22 +49,47 @@ collect_ignore = ["clients"]  # `make clients` runs them, in an environment of t
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
 SECOND_LANE = (
-    "tests/cluster/test_adoption.py", "tests/cluster/test_rejoining.py", "tests/deploy/ray_serve_llm/test_on_ray.py",
-    "tests/deploy/serving/test_ctrl_c.py", "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
+    "tests/cluster/fleet/test_adoption.py", "tests/cluster/losses/test_rejoining.py",
+    "tests/deploy/ray_serve_llm/test_on_ray.py", "tests/deploy/serving/test_ctrl_c.py",
+    "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
 )  # fmt: skip
 """Of the tests that start Ray, about half of what takes long."""
 LAST = (
-    "tests/cluster/test_hung.py", "tests/cluster/test_resuming.py", "tests/cluster/test_ray.py",
-    "tests/deploy/doors/http/test_responses_ray.py", "tests/cluster/test_two_groups.py", "tests/deploy/batch/test_ray_job.py",
-    "tests/cluster/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
+    "tests/cluster/losses/test_hung.py", "tests/cluster/losses/test_resuming.py", "tests/cluster/test_ray.py",
+    "tests/deploy/doors/http/responses/test_responses_ray.py", "tests/cluster/test_two_groups.py",
+    "tests/deploy/batch/test_ray_job.py", "tests/cluster/fleet/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
 )  # fmt: skip
 """Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together."""
 NOTES = pytest.StashKey[list[str]]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is marked slow is taken away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray comes first: it waits more than it computes."""
     items.sort(key=lambda item: _place(item.nodeid.partition("::")[0]))
+    cases: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and {mark.name for mark in item.iter_markers()} & {"few", "gpu"} == {"few"}:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+
+    for each in cases.values():
+        _mark_all_but_few(each)
+
+
+def _mark_all_but_few(cases: list[pytest.Function]) -> None:
+    """Of one test's cases those stay that have every value of every parameter once, or as many as its mark says: those first
+    that bring most values which none before them has. A GPU is quick, so its cases all stay."""
+    mark, seen = cases[0].get_closest_marker("few"), set[tuple[str, str]]()
+    most = mark.args[0] if mark is not None and mark.args else len(cases)
+    left = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}
+    while left and most > 0:
+        best = max(left, key=lambda case: len(left[case] - seen))
+        if left[best] <= seen:
+            break
+        seen |= left.pop(best)
+        most -= 1
+    for case in left:
+        case.add_marker(pytest.mark.slow)
 
 
 def _place(file: str) -> int:
@@ -77,6 +102,22 @@ def certificates_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
         yield
+
+
+class Named:
+    """Says the name of what has failed at once: a run that is ended from outside never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._config.get_terminal_writer().line(f" {report.nodeid} ({report.when}, {report.duration:.0f} s)", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if PROCESS is None:
+        config.pluginmanager.register(Named(config))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -106,6 +147,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             return together(nodeid.partition("::")[0])
+
+        def remove_node(self, node: Any) -> str | None:
+            """A process has died. The test that it was in is done with, or it would take one process after the other."""
+            crashed: str | None = super().remove_node(node)
+            for scope in self.workqueue.values():
+                if crashed in scope:
+                    scope[crashed] = True
+            return crashed
 
     return ByFile(config, log)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import pytest_runtest_makereport
-from tests.ray_logs import MOST_LINES, RECENT_S, troubles
+from tests.shared.ray_logs import MOST_LINES, RECENT_S, troubles
 
 WORKER = """\
 :job_id:01000000
 2026-12-01T01:22:30.100Z INFO cluster.fleet.fleet: group 0 is up role=engine
-2026-12-01T01:22:46.566Z ERROR deploy.engine: the cluster could not be started role=engine
+2026-12-01T01:22:46.566Z ERROR deploy.serving.replicas.engine: the cluster could not be started role=engine
 Traceback (most recent call last):
 ValueError: no room
-2026-12-01T01:22:47.000Z INFO deploy.engine: trying again role=engine
+2026-12-01T01:22:47.000Z INFO deploy.serving.replicas.engine: trying again role=engine
 something that a library prints
 """
 REPLICA = """\
@@ -24,7 +24,7 @@ INFO 2026-12-01 01:22:48,100 controller 77 -- done
 """
 SAID = [
     "[77] WARNING 2026-12-01 01:22:46,100 controller 77 -- Replica failed",
-    "[12] 2026-12-01T01:22:46.566Z ERROR deploy.engine: the cluster could not be started role=engine",
+    "[12] 2026-12-01T01:22:46.566Z ERROR deploy.serving.replicas.engine: the cluster could not be started role=engine",
     "[12] Traceback (most recent call last):",
     "[12] ValueError: no room",
     '[77] {"time":"2026-12-01T01:22:49.000Z","level":"CRITICAL","logger":"workers.process.life","message":"gone"}',

@@ -15,7 +15,8 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
-from workers.kernels.products.matvec import MAX_TOKENS, Tiling, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, Tiling
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.embed import embed_norm
 from workers.kernels.rows.norm import add_rms_norm, rms_norm

@@ -30,7 +30,8 @@ from benchmarks.kernels.experts import expert_cases
 from benchmarks.kernels.lora import lora_cases
 from benchmarks.kernels.reduced import reduced_cases
 from benchmarks.shared.report import table
-from workers.kernels.products.matvec import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling
 
 BEYOND_L2_BYTES = 200_000_000
 MAX_SETS = 64

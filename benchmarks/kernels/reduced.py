@@ -31,7 +31,8 @@ from benchmarks.kernels.cases import (
 )
 from workers.kernels.products.many import product as many_tokens
 from workers.kernels.products.many import rounds
-from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, choose
 from workers.kernels.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.rows.norm import rms_norm, rounded_norm
 from workers.kernels.rows.rounding import rounded

@@ -14,7 +14,7 @@ import transformers
 
 from benchmarks.models.zoo import VOCAB
 from deploy import LLM, SamplingParams
-from deploy.text.sources import Source
+from deploy.doors.python.sources import Source
 from kvcache.layout import BlockLayout
 from workers.config import ReadingConfig
 from workers.model.reading import read_model

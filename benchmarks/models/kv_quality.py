@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.shared.options import positive
 from deploy import LLM, SamplingParams
-from deploy.text.sources import Source
+from deploy.doors.python.sources import Source
 from deploy.text.tokenizer import Tokenizer
 from examples.train_tiny import HELD_OUT, library_sources  # type: ignore[import-not-found]  # a folder of scripts
 from workers.config import KV_DTYPES

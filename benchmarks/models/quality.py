@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.models.rounded import write_four_bits
 from deploy import LLM, SamplingParams
-from deploy.text.sources import Source
+from deploy.doors.python.sources import Source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEED = 0

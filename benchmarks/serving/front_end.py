@@ -22,8 +22,9 @@ from cluster.engine import OnDeltas, OnFailure
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
-from deploy.doors.http import create_app
-from deploy.frontend.service import ServedModel, Service
+from deploy.doors.http.app import create_app
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from scheduler.protocol.messages import Deltas, Finished, FinishReason, Request, TalliedMetric
 from scheduler.server.stats import ClusterStatus
 

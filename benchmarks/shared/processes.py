@@ -1,5 +1,5 @@
 """Processes of this machine, by /proc (Linux only): what one has started, what they are called, what they hold, signals to
-them by their ids. Imports the standard library only; tests use it too (`tests/processes.py`).
+them by their ids. Imports the standard library only; tests use it too (`tests/shared/processes.py`).
 """
 
 import contextlib

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption, flag
 from deploy.config.load import ConfigError, bound_openmp_spin
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import DebugOption, flag
 
 MODULES = {"1": "layout", "2": "reuse", "3": "fragmentation", "4": "paging", "5": "tradeoffs"}
 ON_GPU = ("1", "5")
@@ -73,7 +73,7 @@ def command(
             )  # fmt: skip
             for question in wanted:
                 _say(f"question {question}: {MODULES[question]}")
-                result = _experiments(MODULES[question]).run(options)
+                result = _experiments(f"questions.{MODULES[question]}").run(options)
                 page.store(output, device, {question: result})
         _say(f"wrote {page.render(output)}")
 

@@ -3,7 +3,7 @@
 import typer
 
 from deploy.batch.command import batch
-from deploy.cli.exits import Termination
+from deploy.terminal.exits import Termination
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(batch)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from deploy.batch.job import Limits
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import ENGINE_FLAGS, ConfigOption, DebugOption, flag, with_options
 from deploy.config.load import ConfigError, load_config
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import ENGINE_FLAGS, ConfigOption, DebugOption, flag, with_options
 
 OF_RUNNING = ("ray_address", "start_timeout_s", "max_model_len")
 """Fields of the engine that mean something where groups run already, on the same Ray cluster."""

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from cluster.engine import EngineError
-from deploy.batch.backend import Backend, LineAnswer
+from deploy.batch.backends.backend import Backend, LineAnswer
 from deploy.batch.journal import Journal
 from deploy.batch.lines import (
     BadLine,

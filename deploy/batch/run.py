@@ -14,14 +14,14 @@ from typing import Any
 import typer
 
 from cluster.engine import Progress
-from deploy.batch.backend import Backend
+from deploy.batch.backends.backend import Backend
 from deploy.batch.job import BatchJob, Limits
 from deploy.batch.journal import open_journal
 from deploy.batch.progress import JobTally
 from deploy.batch.storage import Location
-from deploy.cli.display import start_progress
-from deploy.cli.exits import DONE
 from deploy.config.load import Config, ConfigError, bound_openmp_spin, read_api_keys
+from deploy.terminal.display import start_progress
+from deploy.terminal.exits import DONE
 
 REPORT_S = 5.0
 
@@ -79,14 +79,14 @@ def _tell_end(tally: JobTally, task: Task, shown: bool) -> None:
 def _find_backend(task: Task, config: Config, progress: Progress) -> Iterator[Open]:
     """Groups of the job's own start here, outside of any event loop, so that a signal ends their start too."""
     if (url := task.url) is not None:
-        from deploy.batch.endpoint import open_endpoint
+        from deploy.batch.backends.endpoint import open_endpoint
 
         key = next(iter(read_api_keys(config.serve)), None)
         yield lambda: open_endpoint(url, key, task.limits.requests)
         return
     bound_openmp_spin()
-    from deploy.batch.clusters import open_cluster
-    from deploy.batch.own import open_backend
+    from deploy.batch.backends.clusters import open_cluster
+    from deploy.batch.backends.own import open_backend
 
     with open_cluster(config.engine, task.app, progress) as cluster:
         yield lambda: open_backend(cluster, config)

@@ -13,15 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli.exits import interrupts_held, reported_errors
-from deploy.cli.options import ConfigOption, DebugOption, flag, sampling_values, with_options
 from deploy.cli.records import Record, open_records
 from deploy.config.load import Config, load_config
 from deploy.config.version import VERSION
+from deploy.doors.python.sources import Source, as_chat, as_token_ids, label, read_jsonl
 from deploy.frontend.outputs import GenerationError, RequestOutput
+from deploy.terminal.exits import interrupts_held, reported_errors
+from deploy.terminal.options import ConfigOption, DebugOption, flag, sampling_values, with_options
+from deploy.text.content import PromptError
 from deploy.text.files import decode, split_lines
-from deploy.text.prompts import PromptError
-from deploy.text.sources import Source, as_chat, as_token_ids, read_jsonl
 
 
 class InputFormat(StrEnum):
@@ -112,21 +112,21 @@ def serve(
     """
     with reported_errors(debug):
         settings = load_config(config, engine, serve=serve)
-        from deploy.cli import display
         from deploy.serving import command as serving
+        from deploy.terminal import display
 
         serving.serve(settings, display.StartView())
 
 
 def run(settings: Config, sources: list[Source], record: Record, stream: bool, quiet: bool) -> list[RequestOutput]:
     """Starts the cluster, runs every prompt, and ends the cluster whatever happened."""
-    from deploy.cli import display
-    from deploy.llm import LLM
+    from deploy.doors.python.llm import LLM
+    from deploy.terminal import display
 
     with display.start_progress(not quiet) as progress:
         llm = LLM.from_config(settings.engine, progress)
     try:
-        labels = [display.label(source) for source in sources]
+        labels = [label(source) for source in sources]
         started_s = time.monotonic()
         outputs: dict[int, RequestOutput] = {}
         with display.shown_outputs(labels, stream, quiet) as show:

@@ -8,11 +8,11 @@ from urllib.parse import quote
 
 import typer
 
-from deploy.cli.exits import reported_errors
 from deploy.cli.operating import LOOK_S, KeyFileOption, UrlArgument, WaitOption, admin_client, ask
-from deploy.cli.options import DebugOption, with_options
 from deploy.config.client import EXAMPLE
 from deploy.config.load import ConfigError
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import DebugOption, with_options
 from workers.model.sources.naming import wherever
 
 NameArgument = Annotated[str, typer.Argument(help="What clients ask for.", show_default=False)]

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption, flag
 from deploy.config.client import EXAMPLE, open_client
 from deploy.config.load import read_api_keys
 from deploy.config.serve import ServeConfig
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import DebugOption, flag
 from workers.model.sources.naming import wherever
 
 TIMEOUT_S = 30.0

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import ConfigOption, DebugOption, flag, with_options
 from deploy.config.load import load_config, parse_size
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import ConfigOption, DebugOption, flag, with_options
 
 if TYPE_CHECKING:
     from cluster.config import EngineConfig
@@ -93,7 +93,7 @@ def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int
     """Blocks that the longest sequence holds at once; less than all of its own where no layer sees all of it."""
     from cluster.resolve import DEPTH, prefill_ahead
     from scheduler.config import Resolved
-    from scheduler.window import Window
+    from scheduler.running.window import Window
 
     blocks = -(-longest // config.block_size)
     depth = max(DEPTH.values())

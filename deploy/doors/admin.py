@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Request, Response
 
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.further import ModelState
+from deploy.frontend.models.further import ModelState
 
 
 class Administration(Protocol):

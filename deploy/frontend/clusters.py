@@ -5,7 +5,7 @@ Imports the rest only when one is made.
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, RequestStream
@@ -19,6 +19,20 @@ ADDRESS_TIMEOUT_S = 30.0
 STATUS_TIMEOUT_S = 5.0
 ENGINE_PATIENCE_S = 1.0
 """Then the scheduler is asked: whoever asks for readiness does not wait for long (`service.READY_TIMEOUT_S`)."""
+
+
+class Cluster(Protocol):
+    """The scheduler as a replica reaches it."""
+
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
+        """A new stream to the scheduler that is up now; called from a thread. Errors: EngineError, OSError while there
+        is none."""
+        ...
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        """The whole cluster at this moment; maps: with the state of every block. Never raises: what cannot be reached
+        is reported as not ready."""
+        ...
 
 
 class LocalCluster:

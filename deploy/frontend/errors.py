@@ -5,7 +5,7 @@ Imports the wire types only.
 
 from enum import Enum
 
-from deploy.text.prompts import PromptError, PromptTooLong
+from deploy.text.content import PromptError, PromptTooLong
 from scheduler.protocol.messages import Failure, Finished
 
 CONTEXT_EXCEEDED = "context_length_exceeded"

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from cluster.engine import Connect, EngineError, EngineLost, RequestStream
-from deploy.frontend.choice import Told
 from deploy.frontend.connection import Connection
-from deploy.frontend.generation import Generation, Notify
+from deploy.frontend.generation.choice import Told
+from deploy.frontend.generation.generation import Generation, Notify
+from deploy.frontend.generation.submission import Submission
 from deploy.frontend.outputs import read_payload
-from deploy.frontend.submission import Submission
 from deploy.text.prompts import ModelLimits, Prompt
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, TalliedMetric, TokenLogprobs
@@ -80,19 +80,22 @@ class FrontEnd:
             stream = self._next_stream
             self._next_stream += sum(prompt.params.n for prompt in prompts)
         now_s, block_size = time.monotonic(), self.engine.block_size
-        generations = []
+        generations: list[Generation] = []
+        live: dict[int, Generation] = {}
         for number, prompt in enumerate(prompts):
             submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s)
             had = told[number] if told else ()
             generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, had))
-            stream += prompt.params.n
+            live |= dict.fromkeys(range(stream, stream := stream + prompt.params.n), generations[-1])
         with self._lock:
             if self._lost is not None:
                 raise EngineError(self._lost)
-            for generation in generations:
-                self._live.update(dict.fromkeys(generation.streams, generation))
-            if self._up:  # else `_resume` submits them
+            self._live.update(live)
+            if self._up:
                 self._send(generations)
+            else:  # `_resume` submits them
+                for generation in generations:
+                    generation.submission.wait()
         return generations
 
     def abort(self, generations: Iterable[Generation]) -> None:
@@ -120,8 +123,6 @@ class FrontEnd:
     def _send(self, generations: Sequence[Generation]) -> None:
         """For the first time. The lock is held, so that nobody resumes them meanwhile. Errors: as the engine's, and they are
         forgotten; none if it was lost just now, which the thread is told next."""
-        for generation in generations:
-            generation.submission.sent()
         try:
             self.engine.submit([generation.submission.request for generation in generations])
         except EngineError:

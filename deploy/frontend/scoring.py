@@ -18,7 +18,7 @@ from deploy.frontend.outputs import (
     ScoringRequestOutput,
     Vector,
 )
-from deploy.text.prompts import Content, Conversation, Pair, PromptError
+from deploy.text.content import Content, Conversation, Pair, PromptError
 from deploy.text.tokenizer import Tokenizer
 from workers.model.pooling import Uses
 

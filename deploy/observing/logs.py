@@ -3,7 +3,7 @@
 import logging
 
 from deploy.frontend.errors import Fault
-from deploy.frontend.observation import Observation
+from deploy.frontend.service.observation import Observation
 from scheduler.logs import fields
 
 logger = logging.getLogger(__name__)

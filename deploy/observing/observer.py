@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from deploy.config.load import ConfigError
 from deploy.config.serve import ServeConfig
-from deploy.frontend.observation import Observation
-from deploy.frontend.service import Service
+from deploy.frontend.service.observation import Observation
+from deploy.frontend.service.service import Service
 from deploy.observing.logs import log_request
 from deploy.observing.request_log import RequestLog
 from deploy.observing.tally import REQUEST_LOG_DROPPED, increments

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from deploy.frontend.observation import Observation
+from deploy.frontend.service.observation import Observation
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from deploy.frontend.errors import Fault
-from deploy.frontend.observation import Observation
+from deploy.frontend.service.observation import Observation
 from scheduler.protocol.messages import TalliedMetric
 
 SERVED = ("stop", "length")

@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from deploy.config.client import on_this_machine
-from deploy.frontend.observation import Observation
+from deploy.frontend.service.observation import Observation
 from deploy.observing.logs import OUR_FAULTS
 from deploy.observing.tally import SERVED
 

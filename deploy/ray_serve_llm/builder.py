@@ -9,12 +9,12 @@ import ray
 from ray.serve import Application
 from ray.serve.context import _get_global_client
 
-from deploy.app import build, build_further
 from deploy.config.load import ConfigError
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.ray_serve_llm.deployment import INGRESS, INGRESS_CLASS
 from deploy.ray_serve_llm.llm_config import LLMConfig
 from deploy.ray_serve_llm.reading import aside, mapping, read, refuse
+from deploy.serving.replicas.building import build, build_further
 
 logger = logging.getLogger(__name__)
 

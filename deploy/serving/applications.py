@@ -11,7 +11,7 @@ from ray.serve.schema import ApplicationStatus
 from deploy.config.load import ConfigError, ModelConfig
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS
-from deploy.engine import further_applications, further_name
+from deploy.serving.replicas.engine import further_applications, further_name
 from scheduler.server.stats import ClusterStatus, EngineStats
 
 ASK_TIMEOUT_S = 1.0

@@ -19,8 +19,6 @@ from typing import Any
 from cluster.config import EngineConfig, own_threads
 from cluster.ending import Ending
 from cluster.engine import EngineError
-from deploy.cli.display import StartView
-from deploy.cli.exits import end_by
 from deploy.config.load import (
     Config,
     ConfigError,
@@ -33,14 +31,17 @@ from deploy.config.load import (
 )
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
-from deploy.frontend.adapters import OwnShelf, ServedAdapters
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.models.adapters import OwnShelf, ServedAdapters
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
 from deploy.serving.ending import GRACE_S, end_late, let_end
 from deploy.serving.haproxy import write_program
 from deploy.serving.ports import POLL_S, await_answer, check_free, reserve
+from deploy.terminal.display import StartView
+from deploy.terminal.exits import end_by
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.server.stats import ClusterStatus
@@ -76,7 +77,7 @@ def serve(config: Config, view: StartView) -> None:
 
 async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -> int:
     """Returns the signal that has ended it."""
-    from deploy.doors.http import create_app
+    from deploy.doors.http.app import create_app
     from deploy.doors.openai.adapters import adapter_routes
     from deploy.serving.server import HttpServer
     from deploy.status import status_routes
@@ -242,7 +243,7 @@ def _haproxy_binary() -> str | None:
 
 def _import_doors() -> None:
     import deploy.doors.grpc.server
-    import deploy.doors.http  # noqa: F401
+    import deploy.doors.http.app  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -251,9 +252,10 @@ def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: 
     of the front ends. Errors: ConfigError if another is there."""
     from ray import serve as ray_serve
 
-    from deploy import app
-    from deploy.engine import further_name
     from deploy.serving import applications
+    from deploy.serving.replicas.deploying import deploy, deploy_further, further_application
+    from deploy.serving.replicas.engine import further_name
+    from deploy.serving.replicas.ingress import application
 
     def threads(engine: EngineConfig) -> int:
         return own_threads(engine) if owns_ray else engine.threads or 1
@@ -264,10 +266,10 @@ def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: 
     applications.check_vacant(limits)
     applications.start_proxies(limits)
     try:
-        app.deploy(app.application(config.engine, limits, opened, threads(config.engine)), limits)
+        deploy(application(config.engine, limits, opened, threads(config.engine)), limits)
         for model in config.further:
-            made = app.further_application(model, threads(model.engine))
-            app.deploy_further(made, further_name(limits.app_name, model.name))
+            made = further_application(model, threads(model.engine))
+            deploy_further(made, further_name(limits.app_name, model.name))
         yield tuple(ray_serve.get_deployment_handle(name, app_name=limits.app_name) for name in ("Engine", "Ingress"))
     finally:
         theirs = config.engine.ray_address is not None

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from scheduler.server.stats import ClusterStatus
 
 GRACE_S = 3.0

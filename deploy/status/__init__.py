@@ -5,32 +5,13 @@ The page and its assets hold nothing secret and are the same for everyone; `/sta
 
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import Service
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.service import Service
+from deploy.status.page import ASSETS, page_file
 from deploy.status.watch import Watches
-
-FOLDER = Path(__file__).parent
-ASSETS = {
-    "app.js": "text/javascript",
-    "charts.js": "text/javascript",
-    "map.js": "text/javascript",
-    "panel.js": "text/javascript",
-    "words.js": "text/javascript",
-    "style.css": "text/css",
-}
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 def status_routes(service: Service, further: FurtherModels | None = None) -> APIRouter:
@@ -47,7 +28,7 @@ def status_routes(service: Service, further: FurtherModels | None = None) -> API
 
     @router.get("/")
     def page() -> Response:
-        return _file("page.html", "text/html")
+        return page_file("page.html", "text/html")
 
     @router.get("/status.json")
     async def status(request: Request, history: bool = True, model: str | None = None) -> Response:
@@ -65,10 +46,6 @@ def status_routes(service: Service, further: FurtherModels | None = None) -> API
     def asset(name: str) -> Response:
         if name not in ASSETS:
             raise HTTPException(404, f"the status page has no {name}")
-        return _file(name, ASSETS[name])
+        return page_file(name, ASSETS[name])
 
     return router
-
-
-def _file(name: str, kind: str) -> Response:
-    return Response((FOLDER / name).read_bytes(), media_type=kind, headers=PAGE_HEADERS)

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption, flag
 from deploy.config.load import read_api_keys
 from deploy.config.serve import ServeConfig
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import DebugOption, flag
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

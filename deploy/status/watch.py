@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
-from deploy.frontend.further import FurtherModel, FurtherModels
-from deploy.frontend.service import Service
+from deploy.frontend.models.further import FurtherModel, FurtherModels
+from deploy.frontend.service.service import Service
 from deploy.status.document import ExpertsLine, GroupLine, Sample, StatusDocument, Totals
 from deploy.status.history import History
 from deploy.status.maps import blocks_per_cell, pack, thin

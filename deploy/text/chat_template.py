@@ -48,10 +48,12 @@ class ChatTemplate:
             logger.debug("%s refuses a user's word", file, exc_info=True)
 
     def rendered(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]
-    ) -> str:
-        """A conversation up to where the assistant's answer begins. tools: in OpenAI's form. kwargs: what else this template
-        can be told. Errors: ValueError, also where the template does not show the tools."""
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
+        """A conversation up to where the assistant's answer begins. tools: in OpenAI's form, for the template to show. kwargs:
+        what else this template can be told. Errors: ValueError, also where the template does not show the tools."""
+        kwargs = kwargs or {}
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("this checkpoint has no chat template: give the prompt as text or as token ids")
         taken = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys() & kwargs.keys()

@@ -7,13 +7,13 @@ read by `sources`. torch comes in only to read a checkpoint's settings.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deploy.text.chat_template import Message
-from deploy.text.lengths import TextTooLong, encode_within
+from deploy.text.content import Content, Conversation, Pair, PromptError, PromptTooLong
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Adapter, Pooling, context_length
 from scheduler.protocol.sampling import SamplingParams
@@ -25,20 +25,18 @@ if TYPE_CHECKING:
 MOST_STOP_CHARACTERS, MOST_SALT_CHARACTERS = 16384, 1024
 """A salt with its account in front."""
 
+USUAL_CHARACTERS = 8
+"""Of a token, at most, in texts that people write: so much of a text is tokenised at first for each token that may be."""
+
+SPARE_SHARE, SPARE_TOKENS = 8, 64
+"""A beginning may have this part, and these, of the allowed tokens more than the same characters have within the whole text:
+how a text is cut into tokens depends a little on what follows."""
+
 MOST_URGENT, LEAST_URGENT = -(1 << 31), (1 << 31) - 1
 
 
-class PromptError(ValueError):
-    """A prompt that cannot be served; the message says why and what to change. field: what is at fault, where it is a sampling
-    parameter or a part of a conversation."""
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-class PromptTooLong(PromptError):
-    """It leaves the model no room for the output that is asked for."""
+class TextTooLong(ValueError):
+    """More than the allowed tokens; the message says what was seen of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +66,6 @@ class Terms:
 
 USUAL_PARAMS, USUAL_TERMS = SamplingParams(max_tokens=None), Terms()
 """Where nobody says anything else."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A prompt that the checkpoint's chat template writes. messages: as templates read them, content as text and a call's
-    arguments as an object. tools: what the model may call, in OpenAI's form, for the template to show. template_kwargs: what
-    else this template can be told. Errors: PromptError for one without messages."""
-
-    messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.messages:
-            raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two texts that a classifier sees together, joined as the checkpoint's tokenizer joins pairs."""
-
-    first: str
-    second: str
-
-
-Content = str | list[int] | Conversation | Pair
-"""Text, token ids, a conversation, or two texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +138,7 @@ class PromptParser:
         """Its text has its own special tokens. Errors: PromptError."""
         tokenizer = self._need_tokenizer()
         try:
-            text = tokenizer.chat_text(conversation.messages, conversation.tools, conversation.template_kwargs)
+            text = tokenizer.template.rendered(conversation.messages, conversation.tools, conversation.template_kwargs)
         except ValueError as error:
             raise PromptError(str(error)) from error
         return self._encode(text, around=False)
@@ -175,14 +146,14 @@ class PromptParser:
     def _encode(self, text: str, *, around: bool = True) -> list[int]:
         """Errors: PromptError, for a text that is far too long before all of it is tokenised, or that UTF-8 cannot hold."""
         tokenizer = self._need_tokenizer()
-        return self._within(text, lambda part: tokenizer.encode(part, around=around))
+        return self._within(text, partial(tokenizer.encode, around=around))
 
     def _encode_pair(self, pair: Pair) -> list[int]:
         """Errors: as `_encode`."""
         tokenizer = self._need_tokenizer()
         if len(pair.first) > self.limits.max_tokens:
             self._encode(pair.first)
-        return self._within(pair.second, lambda part: tokenizer.encode_pair(pair.first, part))
+        return self._within(pair.second, partial(tokenizer.encode_pair, pair.first))
 
     def _within(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         """Errors: PromptError."""
@@ -225,6 +196,29 @@ class PromptParser:
         if self.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
         return self.tokenizer
+
+
+def encode_within(
+    text: str, limit: int, encode: Callable[[str], list[int]], longest_token_bytes: Callable[[], int]
+) -> list[int]:
+    """Token ids of a text. limit: of tokens. longest_token_bytes: of UTF-8 that one token can stand for.
+
+    A text of more bytes than `limit` of the longest tokens have is refused unread. Of any other its beginning is tokenised,
+    twice as much each time, until all of it is, or until the beginning alone has clearly too many tokens. So the time and the
+    memory go with the limit, not with the text. A text that has only a few tokens too many is returned.
+    Errors: TextTooLong.
+    """
+    if len(text) > limit:
+        size, most = len(text.encode("utf-8", "surrogatepass")), limit * longest_token_bytes()
+        if size > most:
+            raise TextTooLong(f"has {size} bytes, and {limit} tokens hold {most} at most")
+    part = limit * USUAL_CHARACTERS
+    while part < len(text):
+        tokens = len(encode(text[:part]))
+        if tokens > limit + limit // SPARE_SHARE + SPARE_TOKENS:
+            raise TextTooLong(f"has more than {limit} tokens in the first {part} of its {len(text)} characters")
+        part *= 2
+    return encode(text)
 
 
 def _check_size(field: str, texts: Sequence[str], most: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from deploy.text.prompts import Content, Conversation, Pair
+from deploy.text.content import Content, Conversation, Pair
 
 LONG_CHARACTERS = 8192
 SHORT_AT_ONCE, LONG_AT_ONCE = 4, 2

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from deploy.text.chat_template import ChatTemplate, Message
+from deploy.text.chat_template import ChatTemplate
 from deploy.text.files import refuse_halves
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
@@ -60,7 +60,7 @@ class Tokenizer:
     def __init__(self, implementation: Any) -> None:
         """implementation: a transformers tokenizer."""
         self._implementation = implementation
-        self._template = ChatTemplate(implementation)
+        self.template = ChatTemplate(implementation)
         backend = getattr(implementation, "backend_tokenizer", None)
         self._backend = None if backend is None else _showing_marks(backend)
         self._is_bytes = "ByteLevel" in _decoder_kinds(self._backend)
@@ -77,7 +77,7 @@ class Tokenizer:
             return None
         tokenizer = cls(open_tokenizer(checkpoint))
         if chat_template is not None:
-            tokenizer._template.replace(chat_template)
+            tokenizer.template.replace(chat_template)
         return tokenizer
 
     def encode(self, text: str, *, around: bool = True) -> list[int]:
@@ -95,12 +95,12 @@ class Tokenizer:
     @property
     def chat_template(self) -> str:
         """The template of conversations with tools, as it is written; empty if there is none."""
-        return self._template.text
+        return self.template.text
 
     @property
     def has_pair_template(self) -> bool:
         """The template has words for a query and a document, as those of models that judge pairs do."""
-        return all(role.search(self._template.text) for role in PAIR_ROLES)
+        return all(role.search(self.template.text) for role in PAIR_ROLES)
 
     @cached_property
     def special(self) -> Mapping[int, str]:
@@ -114,26 +114,13 @@ class Tokenizer:
     def end_ids(self) -> tuple[int, ...]:
         """What ends an output: the tokenizer's end of text, and the token with which the chat template ends an answer."""
         ids = self._implementation.get_added_vocab()
-        names = {self._implementation.eos_token, self._template.turn_end(list(ids))}
+        names = {self._implementation.eos_token, self.template.turn_end(list(ids))}
         return tuple(sorted(ids[name] for name in names if name in ids))
 
     def token_id(self, text: str) -> int | None:
         """Of the text as one added token of the vocabulary; None if it is none."""
         id = self._implementation.get_added_vocab().get(text)
         return None if id is None else int(id)
-
-    def chat_text(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """A conversation through the checkpoint's template, up to where the assistant's answer begins.
-
-        tools: in OpenAI's form, for the template to show. template_kwargs: what else this template can be told.
-        Errors: ValueError, also where the template does not show the tools.
-        """
-        return self._template.rendered(messages, tools, template_kwargs or {})
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.chaos.asks import Answer, Ask, mixed
 from benchmarks.chaos.clients import Clients, Taken, fulfil, http_to, undisturbed
 from benchmarks.chaos.ledger import Incident, Ledger
-from tests.servers import QuietHandler, answering
+from tests.shared.servers import QuietHandler, answering
 
 ASK = Ask(0, "/v1/completions", {"prompt": "x", "stream": True})
 WORDS = ["one ", "two ", "three ", "four"]

@@ -13,7 +13,7 @@ from benchmarks.chaos.report import incidents_table, troubles
 from benchmarks.chaos.run import Chaos
 from deploy.config.load import EMBEDDED_MODEL
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SURVIVED = ("kill:leader", "stop:peer", "cut:peer", "pause:scheduler", "cut:scheduler", "cut:engine")
 STREAMS = 8

@@ -16,7 +16,7 @@ from benchmarks.chaos.faults import Fault, cut, inflict
 from benchmarks.chaos.roles import ranks_of
 from benchmarks.chaos.run import in_turns
 from benchmarks.shared.processes import descendants
-from tests.processes import alive
+from tests.shared.processes import alive
 
 SLEEP = "import time; time.sleep(3600)"
 LISTEN = "import socket; held = [socket.create_server(('127.0.0.2', 0))]; print(held[0].getsockname()[1], flush=True); "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoints import load_reference
+from tests.shared.checkpoints import load_reference
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import ray
 from cluster.engine import EngineError
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import GenerationError, RequestOutput
-from tests.processes import WORKER, alive, all_named, descendants, named, wait_gone
+from tests.shared.processes import WORKER, alive, all_named, descendants, named, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -79,6 +79,7 @@ def test_more_ranks_than_the_cluster_has_is_said_at_once() -> None:
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything() -> None:
     command = [sys.executable, "-m", "manta", "generate", "--groups", "2", "--tensor-parallel-size", "1"]
     command += ["--kv-memory", "32MiB", "--max-tokens", "1500", "--ignore-eos", "--stream", "def f(x):"]

@@ -12,7 +12,7 @@ import ray
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from tests.cluster.test_ray import GREEDY, LONG, PROMPTS, TINY, tokens, until
-from tests.processes import WORKER, all_named
+from tests.shared.processes import WORKER, all_named
 
 pytestmark = pytest.mark.ray
 

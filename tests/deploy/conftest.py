@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import deploy.llm
-from deploy.llm import LLM
+import deploy.doors.python.llm
+from deploy.doors.python.llm import LLM
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.frontend.fake_engine import FakeEngine, Reply
 
@@ -89,7 +89,7 @@ def open_llm(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Iterator[Open
 
     def open_(reply: Reply | Sequence[int], model: Path = checkpoint, **behaviour: object) -> tuple[LLM, FakeEngine]:
         engine = FakeEngine(reply, **behaviour)  # type: ignore[arg-type]
-        monkeypatch.setattr(deploy.llm, "engine_starter", lambda _: engine.start)
+        monkeypatch.setattr(deploy.doors.python.llm, "engine_starter", lambda _: engine.start)
         llm = LLM(model)
         opened.append(llm)
         return llm, engine

@@ -9,11 +9,11 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from deploy.config.load import EMBEDDED_MODEL, ConfigError, endpoint_config
-from deploy.frontend.service import ServedModel
-from deploy.llm import LLM
+from deploy.doors.python.llm import LLM
+from deploy.frontend.service.model import ServedModel
 from manta.commands import app
 from scheduler.protocol.sampling import SamplingParams
-from tests.hub import Hub, hub_of
+from tests.shared.hub import Hub, hub_of
 
 NAME = "org/tiny"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
 from tests.conftest import NOTES
 from tests.end_to_end.engines import ARCHITECTURES, LLAMA, QWEN2
 from tests.end_to_end.losses.faults import BreakRanks, breaker
 from tests.end_to_end.reference import Ledger, Reference
+from tests.shared.checkpoints import LLAMA3_ROPE, make_checkpoint
 
 _LEDGER = Ledger()
 

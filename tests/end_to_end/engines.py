@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy import LLM, SamplingParams
+from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import RequestOutput
-from deploy.text.sources import Source
 from kvcache.layout import FP8, BlockLayout
 from workers.model.config.architectures import read_config
 

@@ -6,7 +6,7 @@ from typing import Any
 from deploy import SamplingParams
 
 VOCAB = 199
-"""Of `tests.checkpoints`; no multiple of any tensor parallel size."""
+"""Of `tests.shared.checkpoints`; no multiple of any tensor parallel size."""
 
 
 def draw(length: int, seed: int) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.checkpoints import load_reference
+from tests.shared.checkpoints import load_reference
 
 NEAR_TIE = 1e-3
 MOST_EXEMPT = 0.02

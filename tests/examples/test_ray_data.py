@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from manta import LLM
-from tests.ray_heads import ray_head
+from tests.shared.ray_heads import ray_head
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [

@@ -13,7 +13,6 @@ from cluster.local.engine import LocalEngine
 from cluster.local.process import ProcessGroups
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
-from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
 from tests.end_to_end.agreement.settings import SMALL_POOL_TOKENS, Setting
 from tests.end_to_end.agreement.turns import turns
 from tests.end_to_end.engines import LARGE_POOL_TOKENS, LLAMA, MISTRAL, QWEN3, greedy, kv_memory, open_llm, run, tokens
@@ -21,6 +20,7 @@ from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw, sampling
 from tests.end_to_end.reference import Ledger, Reference, embeddings
 from tests.end_to_end.waiting import wait_idle
 from tests.gpu.works import DEVICE, GPU
+from tests.shared.checkpoints import LLAMA3_ROPE, make_checkpoint
 
 pytestmark = GPU
 

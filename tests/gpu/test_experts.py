@@ -15,8 +15,8 @@ from tests.gpu.judge import Judge
 from tests.gpu.test_graphs_equal_eager import require_padded_batches, watching
 from tests.gpu.test_sync import STEPS, prefilled, steady, warm
 from tests.gpu.works import DEVICE, GPU, SHAPE, VOCAB, loop, mixture
-from tests.quantising import MXFP4, is_stack, quantise
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.quantising import MXFP4, is_stack, quantise
+from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.stepping import Stepped, Work
 from workers.execution.gpu.runner import GpuRunner
 from workers.kernels.experts.stacked import Stacked

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from deploy import LLM
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import LLAMA, QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS
 from tests.end_to_end.reference import Ledger, Reference
 from tests.gpu.works import DEVICE, GPU
-from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, fp8, gptq, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, fp8, gptq, quantise
 from workers.model.quantization.forms import keeps_fewer_bits
 
 pytestmark = GPU

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from scheduler.protocol.sampling import SamplingParams
-from tests.checkpoints import LLAMA3_ROPE
 from tests.end_to_end.engines import ARCHITECTURES, LLAMA, QWEN2, QWEN3
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw
 from tests.gpu.judge import Judge, first_apart
 from tests.gpu.works import GPU, VOCAB, checkpoint, loop, mixture
+from tests.shared.checkpoints import LLAMA3_ROPE
 from tests.workers.stepping import Lease, Stepped, Work
 from workers.execution.gpu.runner import GpuRunner
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from scheduler.protocol.sampling import Grammar, SamplingParams
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.prompts import draw
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.stepping import Stepped, Work
 
 DEVICE = "cuda"

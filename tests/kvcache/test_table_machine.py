@@ -333,6 +333,7 @@ TestWindowed.settings = settings(max_examples=50, stateful_step_count=40)
 OF_A_WINDOW = {"hit in the midst", "gave back", "gave back what others hold", "beginning evicted under its end"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "impossible"), [(BlockTableMachine, OF_A_WINDOW), (WindowedMachine, set())])
 def test_the_walks_go_where_the_bugs_are(kind: type[BlockTableMachine], impossible: set[str]) -> None:
     """One long walk with a fixed seed, which hypothesis' short ones cannot be relied on to be: everything happens."""

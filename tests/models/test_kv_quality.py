@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.models.kv_quality import TINY, bits_per_byte, cut, held_out
-from tests.checkpoints import load_reference
+from tests.shared.checkpoints import load_reference
 
 TEXT = 8 * '''
 def read(path):

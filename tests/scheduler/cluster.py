@@ -49,8 +49,8 @@ from scheduler.protocol.messages import (
 )
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
+from scheduler.running.window import Window
 from scheduler.sequence import Sequence
-from scheduler.window import Window
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import abandon
 from workers.loop.ledger import Ledger, inventory

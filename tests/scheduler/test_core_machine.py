@@ -7,6 +7,7 @@ happen all the time; `test_the_walks_go_where_the_bugs_are` counts them.
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -442,6 +443,7 @@ TestCore = CoreMachine.TestCase
 TestCore.settings = settings(max_examples=80, stateful_step_count=50)
 
 
+@pytest.mark.slow
 def test_the_walks_go_where_the_bugs_are() -> None:
     """Long walks with fixed seeds, which hypothesis' short ones cannot be relied on to be: everything happens."""
     events: Counter[str] = Counter()
@@ -462,6 +464,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
 
+@pytest.mark.slow
 def test_walks_through_a_window_go_where_the_bugs_are() -> None:
     """The same where a model sees nine tokens: what is before them is given back, prompts are longer than pools."""
     events: Counter[str] = Counter()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.study.streams import StudyRequest, Workload
+from benchmarks.study.models.streams import StudyRequest, Workload
 from simulator.traces import TraceRequest
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.study.allocators import Contiguous, FullServer, Paged, paged_steps, power_of_two
-from benchmarks.study.fragmentation import wasted_at_end, wasted_contiguous, wasted_in_blocks
+from benchmarks.study.models.allocators import Contiguous, FullServer, Paged, paged_steps, power_of_two
+from benchmarks.study.questions.fragmentation import wasted_at_end, wasted_contiguous, wasted_in_blocks
 from tests.study.requests import ask, workload
 
 

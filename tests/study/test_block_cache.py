@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.study.block_cache import BlockCache, tell
-from benchmarks.study.reuse import relations, reuse_histogram, top_share
-from benchmarks.study.streams import UNKNOWN
+from benchmarks.study.models.block_cache import BlockCache, tell
+from benchmarks.study.models.streams import UNKNOWN
+from benchmarks.study.questions.reuse import relations, reuse_histogram, top_share
 from tests.study.requests import ask, workload
 
 

@@ -32,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "docs"
 
 
+@pytest.mark.slow
 def test_every_question_is_answered_with_numbers_and_its_command(made: Path) -> None:
     page = (made / "kv-study.md").read_text()
     sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
@@ -46,6 +47,7 @@ def test_every_question_is_answered_with_numbers_and_its_command(made: Path) -> 
     assert "Made with `--quick`" in page
 
 
+@pytest.mark.slow
 def test_every_plot_is_a_drawing_that_the_page_shows(made: Path) -> None:
     page = (made / "kv-study.md").read_text()
     for name in PLOTS:
@@ -62,6 +64,7 @@ def test_the_page_is_drawn_again_from_saved_results(made: Path, tmp_path: Path) 
     assert (tmp_path / "kv-study" / "reuse.svg").read_text() == (made / "kv-study" / "reuse.svg").read_text()
 
 
+@pytest.mark.slow
 def test_results_of_a_gpu_stand_beside_those_of_the_cpu(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "docs")
     content = json.loads((made / "kv-study" / "results-cpu.json").read_text())

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks.study.prefixes import PrefixTree, block_keys, common, hit_tokens, longest_prefixes
+from benchmarks.study.models.prefixes import PrefixTree, block_keys, common, hit_tokens, longest_prefixes
 from tests.study.requests import ask, workload
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from benchmarks.study.fragmentation import continued_prefixes
-from benchmarks.study.prefixes import common
-from benchmarks.study.streams import Workload, chat, infer_conversations, random_prompts, workloads
+from benchmarks.study.models.prefixes import common
+from benchmarks.study.models.streams import Workload, chat, infer_conversations, random_prompts, workloads
+from benchmarks.study.questions.fragmentation import continued_prefixes
 from tests.study.requests import ask, workload
 
 

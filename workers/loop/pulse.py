@@ -1,7 +1,8 @@
 """Whether a rank lives, told by a thread beside its step loop: what the loop is in, how long that may take, who is silent.
 
 A step is judged by its own kind: by how long others of as many tokens have taken lately. What is the first of its kind may
-compile, capture or allocate, and is given time; one that is known is given ten times what its like has taken, seconds at least.
+compile, capture or allocate, and is given time, less where only its size is new; one that is known is given ten times what its
+like has taken, seconds at least.
 What the thread itself has slept through (no core for this process, a machine that stands still) is left out, as whoever listens
 leaves it out of others' silence. Imports `scheduler.protocol`.
 """
@@ -15,7 +16,10 @@ from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 from workers.loop.batch import Launched
 
 FIRST_S = 300.0
-"""For a step of a kind that has not been seen: kernels are compiled, a CPU may take minutes for a large chunk."""
+"""For a step that does what none has done: kernels are compiled, a CPU may take minutes for a large chunk."""
+
+RESIZED_S = 30.0
+"""At least, for one that does what others have done, with other numbers of tokens: a kernel or two are compiled for a size."""
 
 FACTOR = 10.0
 """Times what steps of its kind have taken: contexts are longer, the machine is busier, caches are cold."""
@@ -68,8 +72,13 @@ class Pulse:
         return max(0.0, self._clock() - began_s - (self._slept_s - slept_s))
 
     def _patience_s(self, kind: Kind | None) -> float:
-        slowest_s = self._slowest.get(kind) if kind is not None else None
-        return FIRST_S if slowest_s is None else max(FLOOR_S, FACTOR * slowest_s)
+        if kind is None:
+            return FIRST_S
+        if (slowest_s := self._slowest.get(kind)) is not None:
+            return max(FLOOR_S, FACTOR * slowest_s)
+        *does, size = kind
+        like_s = [took_s * 2 ** max(0, size - seen) for (*did, seen), took_s in self._slowest.items() if did == does]
+        return min(FIRST_S, max(RESIZED_S, FACTOR * min(like_s))) if like_s else FIRST_S
 
 
 class Heart:

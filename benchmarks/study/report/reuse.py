@@ -31,7 +31,7 @@ def section(results: Results, folder: Path) -> Section:
         "The model takes requests one after the other, so nobody waits and nobody computes a prefix twice. A trace names "
         "blocks, not users; its conversations are inferred (a request continues the one that last had its longest prefix "
         "beyond what 1% of all requests begin with), and its answers are unknown, so hits on answers are not in it. The "
-        "synthetic workloads are assumptions about lengths and times, made by `benchmarks/study/streams.py`.",
+        "synthetic workloads are assumptions about lengths and times, made by `benchmarks/study/models/streams.py`.",
     )  # fmt: skip
 
 

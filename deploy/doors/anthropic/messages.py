@@ -30,13 +30,13 @@ from deploy.doors.anthropic.telling import BlockWriter, stop_reason, whole_block
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.answers.gathering import UsageMeter, WholeChoice
 from deploy.doors.openai.answers.speech import Speech
-from deploy.doors.openai.chat import Chat
-from deploy.doors.openai.endpoint import Accepted
-from deploy.doors.openai.schemas import ChatRequest
+from deploy.doors.openai.generation.chat import Chat
+from deploy.doors.openai.generation.endpoint import Accepted
+from deploy.doors.openai.requests.schemas import ChatRequest
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.text.prompts import Prompt
 
 ID_PREFIX, CALL_PREFIX = "msg_", "toolu_"

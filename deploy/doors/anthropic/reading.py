@@ -21,11 +21,11 @@ from deploy.doors.anthropic.schemas import (
     ToolParam,
 )
 from deploy.doors.anthropic.signatures import is_changed
-from deploy.doors.openai.schemas import ChatRequest
-from deploy.doors.openai.unknown import shortened
+from deploy.doors.openai.requests.schemas import ChatRequest
+from deploy.doors.openai.requests.unknown import shortened
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
-from deploy.text.messages import FunctionCall, Message, ToolCall
+from deploy.text.content import FunctionCall, Message, ToolCall
 
 ERROR_MARK = "Error: "
 """Before the result of a call that failed: chat templates have no other way to say so."""

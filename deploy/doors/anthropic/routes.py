@@ -14,7 +14,7 @@ from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.exchanging import read_request, whole_answer
 from deploy.doors.openai.streams.sse import EventStream
 from deploy.frontend.errors import RequestError
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 
 RECORDS = (MessagesRequest, CountTokensRequest, MessageAnswer, TokenCount, ErrorAnswer)
 """What the OpenAPI document refers to."""

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from deploy.doors.openai.schemas import AtLeastZero, Count, Share
-from deploy.text.messages import Record
+from deploy.doors.openai.requests.schemas import AtLeastZero, Count, Share
+from deploy.text.content import Record
 
 
 class ContentBlock(Record, frozen=True, kw_only=True):

@@ -10,12 +10,13 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import REQUEST_ID, Caller
 from deploy.doors.dialects.tools.formats import grammar_of
 from deploy.doors.dialects.tools.grammars import Grammars
-from deploy.doors.openai.reading import check_model, check_numbers, sampling_params
+from deploy.doors.openai.requests.reading import check_model, check_numbers, sampling_params
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.further import FurtherModel, FurtherModels
-from deploy.frontend.service import Service
+from deploy.frontend.models.further import FurtherModel, FurtherModels
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
-from deploy.text.prompts import USUAL_PARAMS, USUAL_TERMS, Conversation, Prompt, PromptError, Terms
+from deploy.text.content import Conversation, PromptError
+from deploy.text.prompts import USUAL_PARAMS, USUAL_TERMS, Prompt, Terms
 from scheduler.protocol.sampling import SamplingParams
 
 
@@ -84,7 +85,8 @@ class Reader:
         if request.prompt.HasField("chat"):
             given.setdefault("max_tokens", None)
         params = sampling_params(**given)
-        await self._grammars.check(grammar, guide or "", account)
+        if grammar is not None:
+            await self._grammars.check(grammar, guide or "", account)
         return params
 
 

@@ -24,10 +24,10 @@ from deploy.doors.connections import BoundedCalls
 from deploy.doors.grpc.reading import Readers, check_size, named
 from deploy.doors.grpc.writing import Writer, card, merged
 from deploy.doors.openai.errors import error_headers
-from deploy.doors.openai.reading import at_most
+from deploy.doors.openai.requests.reading import at_most
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import Service
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 

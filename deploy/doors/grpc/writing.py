@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from deploy.frontend.outputs import ChoiceDelta, Logprob, OutputDelta
-from deploy.frontend.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from deploy.proto import manta_pb2 as pb
 
 FINISH_REASONS = {

@@ -1,1 +1,1 @@
-"""OpenAI's requests and answers: what clients say, and what they hear. The server is in `deploy/doors/http.py`."""
+"""OpenAI's requests and answers: what clients say, and what they hear. The server is in `deploy/doors/http/app.py`."""

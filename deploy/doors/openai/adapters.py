@@ -11,7 +11,7 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.admin import require_operator
 from deploy.doors.openai.document import body_of
 from deploy.doors.openai.exchanging import read_request
-from deploy.doors.openai.schemas import LoadAdapterRequest, UnloadAdapterRequest
+from deploy.doors.openai.requests.schemas import LoadAdapterRequest, UnloadAdapterRequest
 
 RECORDS = LoadAdapterRequest, UnloadAdapterRequest
 """What the OpenAPI document refers to."""

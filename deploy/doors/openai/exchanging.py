@@ -1,5 +1,6 @@
 """A request of HTTP read, and its answer written: what all paths of OpenAI's API have in common. Imports starlette."""
 
+import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -7,13 +8,15 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.openai.reading import read
-from deploy.doors.openai.streams.sse import unless_gone
+from deploy.doors.openai.requests.reading import read
 from deploy.doors.warnings import Warnings
+from deploy.frontend.errors import Fault, RequestError
 
 R = TypeVar("R", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 async def read_request(request: Request, kind: type[R], config: ServeConfig) -> R:
@@ -34,3 +37,32 @@ async def whole_answer(request: Request, work: Coroutine[Any, Any, msgspec.Struc
 
 def json_response(content: msgspec.Struct, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
+
+
+class ClientGone(RequestError):
+    """Nobody waits for the response any more."""
+
+    def __init__(self) -> None:
+        super().__init__(Fault.CANCELLED, "the client went away")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled, and has ended, once the client has gone. The body must have been read.
+
+    Errors: ClientGone, and whatever `work` raises.
+    """
+    task, watch = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

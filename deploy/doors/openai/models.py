@@ -3,13 +3,14 @@
 from msgspec import UNSET
 
 from deploy.doors.openai.answers.records import ModelCard, Text, Tokens
-from deploy.doors.openai.reading import check_model
-from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
+from deploy.doors.openai.requests.reading import check_model
+from deploy.doors.openai.requests.schemas import DetokenizeRequest, TokenizeRequest
 from deploy.frontend.errors import RequestError
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import ServedModel, Service
-from deploy.text.messages import for_template
-from deploy.text.prompts import Conversation, Prompt, PromptError
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
+from deploy.text.content import Conversation, PromptError, for_template
+from deploy.text.prompts import Prompt
 
 
 def card(model: ServedModel) -> ModelCard:

@@ -6,20 +6,16 @@ from fastapi import APIRouter, Request, Response
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.dialects.tools.grammars import Grammars
-from deploy.doors.openai.answers.pooled import Embeddings, Ranking, Scores
 from deploy.doors.openai.answers.records import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
-from deploy.doors.openai.chat import Chat
-from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
-from deploy.doors.openai.endpoint import Endpoint
 from deploy.doors.openai.exchanging import json_response, read_request, whole_answer
+from deploy.doors.openai.generation.chat import Chat
+from deploy.doors.openai.generation.completions import Completions
+from deploy.doors.openai.generation.endpoint import Endpoint
 from deploy.doors.openai.models import TokenTexts, card, one_of
-from deploy.doors.openai.pooling import PoolingEndpoint
-from deploy.doors.openai.responses.responses import Responses
-from deploy.doors.openai.responses.routes import RECORDS as RESPONSE_RECORDS
-from deploy.doors.openai.responses.routes import response_routes
-from deploy.doors.openai.responses.storing import ResponseStore
-from deploy.doors.openai.schemas import (
+from deploy.doors.openai.pooling.endpoint import PoolingEndpoint
+from deploy.doors.openai.pooling.records import Embeddings, Ranking, Scores
+from deploy.doors.openai.requests.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -29,11 +25,15 @@ from deploy.doors.openai.schemas import (
     ScoreRequest,
     TokenizeRequest,
 )
+from deploy.doors.openai.responses.responses import Responses
+from deploy.doors.openai.responses.routes import RECORDS as RESPONSE_RECORDS
+from deploy.doors.openai.responses.routes import response_routes
+from deploy.doors.openai.responses.store.storing import ResponseStore
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
 from deploy.doors.openai.streams.sse import EventStream
 from deploy.frontend.errors import RequestError
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import Service
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.service import Service
 
 RECORDS = (
     CompletionRequest, ChatRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest, DetokenizeRequest,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deploy.batch.backend import LineAnswer
+from deploy.batch.backends.backend import LineAnswer
 from deploy.batch.job import BatchJob, Limits
 from deploy.batch.journal import Journal, open_journal
 from deploy.batch.lines import BatchRequest

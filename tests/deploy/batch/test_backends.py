@@ -12,21 +12,21 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from deploy.batch.backend import Backend
-from deploy.batch.clusters import open_cluster
-from deploy.batch.endpoint import EndpointBackend, open_endpoint
+from deploy.batch.backends.backend import Backend
+from deploy.batch.backends.clusters import open_cluster
+from deploy.batch.backends.endpoint import EndpointBackend, open_endpoint
+from deploy.batch.backends.own import ServiceBackend, open_backend, open_service
 from deploy.batch.job import BatchJob, Limits
 from deploy.batch.lines import Line, parse
-from deploy.batch.own import ServiceBackend, open_backend, open_service
 from deploy.batch.progress import JobTally
 from deploy.config.load import EMBEDDED_MODEL, Config, ConfigError, load_config
 from deploy.doors.access import ApiKeys, account
-from deploy.doors.http import create_app
+from deploy.doors.http.app import create_app
 from deploy.frontend.errors import RETRY_AFTER_S, Fault, RequestError
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, journal_at, read
 from tests.deploy.frontend.fake_engine import FakeEngine
-from tests.servers import QuietHandler, answering
+from tests.shared.servers import QuietHandler, answering
 
 ENTRIES = [
     *(entry(f"def f{number}(x):", temperature=0, logprobs=2) for number in range(8)),

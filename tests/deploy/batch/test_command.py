@@ -50,6 +50,7 @@ ENTRIES = [entry(f"def f{number}(", max_tokens=24, ignore_eos=True, seed=number)
 """Enough work that a run can be killed in the midst of it."""
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_does_every_id_once(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     dice = random.Random(11)
@@ -76,6 +77,7 @@ def test_killed_again_and_again_it_does_every_id_once(source: Path, tmp_path: Pa
             assert each["response"]["body"]["usage"]["completion_tokens"] == 24
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_whole_lines(source: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     output = tmp_path / "out.jsonl"

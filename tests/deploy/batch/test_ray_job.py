@@ -13,17 +13,17 @@ import ray
 from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from deploy.app import application
 from deploy.batch.job import Limits
 from deploy.batch.run import Task, run
 from deploy.batch.storage import Location
 from deploy.config.load import ConfigError, load_config
 from deploy.doors.access import ApiKeys
 from deploy.serving.applications import start_proxies
+from deploy.serving.replicas.ingress import application
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
-from tests.ports import free_ports
-from tests.processes import SCHEDULER, all_named
-from tests.ray_heads import ray_head
+from tests.shared.ports import free_ports
+from tests.shared.processes import SCHEDULER, all_named
+from tests.shared.ray_heads import ray_head
 
 pytestmark = pytest.mark.ray
 
@@ -106,6 +106,7 @@ def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: Jo
     assert f", 0 failed, {before} done before" in client.get_job_logs(second)
 
 
+@pytest.mark.slow
 def test_the_groups_of_an_application_answer_too(client: JobSubmissionClient, tmp_path: Path) -> None:  # noqa: ARG001
     """Through Serve's handle, and through its endpoint."""
     source = tmp_path / "in.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import deploy.llm
+import deploy.doors.python.llm
 from cluster.engine import EngineError
 from deploy.text.tokenizer import Tokenizer
 from manta.commands import app
@@ -33,7 +33,7 @@ class Manta:
 def manta(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tokenizer: Tokenizer) -> Manta:
     monkeypatch.delenv("MANTA_CONFIG", raising=False)
     runner = Manta(checkpoint, tokenizer)
-    monkeypatch.setattr(deploy.llm, "engine_starter", lambda _: runner.engine.start)
+    monkeypatch.setattr(deploy.doors.python.llm, "engine_starter", lambda _: runner.engine.start)
     return runner
 
 

@@ -14,8 +14,8 @@ from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
-from tests.checkpoints import make_checkpoint
-from tests.quantising import MXFP4, is_stack, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import MXFP4, is_stack, quantise
 from workers.config import ReadingConfig
 from workers.model.config.architectures import torch_dtype
 from workers.model.config.fields import CheckpointError

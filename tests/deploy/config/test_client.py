@@ -9,14 +9,14 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from rich.console import Console
 
-from deploy.batch.endpoint import open_endpoint
+from deploy.batch.backends.endpoint import open_endpoint
 from deploy.batch.lines import Line, parse
 from deploy.config.client import on_this_machine, open_client
 from deploy.config.load import ConfigError
 from deploy.observing.tracing import Tracer
 from deploy.status.top import top
 from tests.deploy.batch.jobs import as_lines, entry
-from tests.servers import QuietHandler, answering
+from tests.shared.servers import QuietHandler, answering
 
 NOWHERE = "127.0.0.1:9"
 PROXIES = [

@@ -25,7 +25,7 @@ from deploy.config.load import (
     sampling_params,
 )
 from deploy.config.serve import ServeConfig, model_name
-from deploy.llm import LLM
+from deploy.doors.python.llm import LLM
 
 
 def written(folder: Path, text: str) -> Path:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from deploy.cli.display import StartView
 from deploy.config.load import Config, ConfigError, load_config, model_config
 from deploy.config.serve import ServeConfig, for_model
 from deploy.serving.command import serve
+from deploy.terminal.display import StartView
 
 SEVERAL = """
 engine: {block_size: 64, dtype: float32}

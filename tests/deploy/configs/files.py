@@ -27,8 +27,10 @@ CONFIGS = REPOSITORY / "deploy" / "configs"
 PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line)
 SERVE_FILES = ("serve.yaml", "serve-cluster.yaml")
-SERVICE_FILES = ("rayservice-gpu.yaml", "rayservice-cpu.yaml")
-CLUSTER_FILES = {"raycluster-gpu.yaml": "serve-cluster.yaml", "raycluster-cpu.yaml": "rayservice-cpu.yaml"}
+SERVICE_FILES = ("kubernetes/rayservice-gpu.yaml", "kubernetes/rayservice-cpu.yaml")
+CLUSTER_FILES = {
+    "kubernetes/raycluster-gpu.yaml": "serve-cluster.yaml", "kubernetes/raycluster-cpu.yaml": "kubernetes/rayservice-cpu.yaml",
+}  # fmt: skip
 """Which Serve configuration each cluster has to have room for."""
 
 T = TypeVar("T")

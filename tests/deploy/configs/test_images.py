@@ -65,7 +65,7 @@ def test_it_runs_as_the_user_that_kubernetes_names(name: str) -> None:
     last = instructions(name)[[found for found, _ in instructions(name)].index("FROM", 1) :]
     (user,) = [value for found, value in last if found == "USER"]
     kind = name.removeprefix("Dockerfile.")
-    pod = tree(f"raycluster-{'gpu' if kind == 'cuda' else kind}.yaml")["spec"]["headGroupSpec"]["template"]["spec"]
+    pod = tree(f"kubernetes/raycluster-{'gpu' if kind == 'cuda' else kind}.yaml")["spec"]["headGroupSpec"]["template"]["spec"]
     assert int(user) == pod["securityContext"]["runAsUser"] > 0
     assert any(f"--uid {user}" in value for found, value in last if found == "RUN")
     assert pod["containers"][0]["image"] == f"manta:{PROJECT['version']}-{kind}"

@@ -64,7 +64,7 @@ def test_every_field_is_known(name: str) -> None:
 
 
 def test_an_unknown_field_would_be_noticed() -> None:
-    spec = cluster_spec("raycluster-cpu.yaml")
+    spec = cluster_spec("kubernetes/raycluster-cpu.yaml")
     with pytest.raises(AssertionError):
         strictly(RayClusterSpec, spec | {"enableInTreeAutoScaling": True})
     spec["headGroupSpec"]["template"]["spec"]["containers"][0]["enviroment"] = []
@@ -160,7 +160,7 @@ def test_the_services_lead_to_the_doors(name: str) -> None:
 
 
 def test_the_network_policy_opens_the_doors_and_nothing_else() -> None:
-    policy = strictly(networking_v1.NetworkPolicy, tree("networkpolicy.yaml"))
+    policy = strictly(networking_v1.NetworkPolicy, tree("kubernetes/networkpolicy.yaml"))
     assert (policy.apiVersion, policy.kind) == ("networking.k8s.io/v1", "NetworkPolicy")
     spec = policy.spec
     assert spec is not None

@@ -14,7 +14,7 @@ from deploy.app import build_further
 from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError, endpoint_config, load_config, read_api_keys
 from deploy.config.serve import ServeConfig
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS
-from deploy.engine import further_name
+from deploy.serving.replicas.engine import further_name
 from tests.deploy.configs.files import CONFIGS, REPOSITORY, SERVE_FILES, SERVICE_FILES, serve_tree
 
 FILES = (*SERVE_FILES, *SERVICE_FILES)
@@ -97,7 +97,7 @@ def test_serve_can_import_the_grpc_services(name: str) -> None:
 
 
 def test_the_service_on_gpus_is_the_cluster_configuration() -> None:
-    assert serve_tree("rayservice-gpu.yaml") == serve_tree("serve-cluster.yaml")
+    assert serve_tree("kubernetes/rayservice-gpu.yaml") == serve_tree("serve-cluster.yaml")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -154,5 +154,5 @@ def test_an_application_is_called_after_its_endpoint_and_model() -> None:
 
 def test_every_file_is_documented() -> None:
     text = "".join(page.read_text() for page in (REPOSITORY / "docs").glob("*.md"))
-    for file in CONFIGS.iterdir():
-        assert f"deploy/configs/{file.name}" in text, file.name
+    for file in (file for file in CONFIGS.rglob("*") if file.is_file()):
+        assert f"deploy/configs/{file.relative_to(CONFIGS)}" in text, file

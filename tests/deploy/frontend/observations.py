@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.frontend.observation import Observation, PromptUse
+from deploy.frontend.service.observation import Observation, PromptUse
 from scheduler.protocol.messages import Misses
 
 SERVED = Observation(

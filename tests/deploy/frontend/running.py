@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 
 PATIENCE_S = 60.0
 

@@ -14,9 +14,9 @@ import pytest
 from cluster.engine import EngineError, EngineLost, OnDeltas, OnFailure, RequestStream
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
-from deploy.frontend.generation import Generation
+from deploy.frontend.generation.generation import Generation
+from deploy.frontend.generation.submission import MOST_LOSSES
 from deploy.frontend.outputs import RequestOutput
-from deploy.frontend.submission import MOST_LOSSES
 from deploy.text.prompts import ModelLimits, Prompt, Terms
 from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_blocks

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.doors.openai.answers.logprobs import TokenNames
-from deploy.frontend.choice import OutputGap, Told
-from deploy.frontend.generation import Generation
+from deploy.frontend.generation.choice import OutputGap, Told
+from deploy.frontend.generation.generation import Generation
+from deploy.frontend.generation.submission import Submission
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
-from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Failure, Finished, FinishReason, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
-from tests.tokenizers import BOS, EOS, KINDS, SPECIAL, TURN_END, save, sentencepiece_bpe
+from tests.shared.tokenizers import BOS, EOS, KINDS, SPECIAL, TURN_END, save, sentencepiece_bpe
 
 STREAM = 40
 PROMPT = Prompt([5, 6, 7])

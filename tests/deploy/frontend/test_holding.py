@@ -3,7 +3,7 @@
 import pytest
 
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.holding import HeldLogprobs, of_prompts
+from deploy.frontend.service.holding import HeldLogprobs, of_prompts
 from deploy.text.prompts import Prompt
 from scheduler.protocol.sampling import SamplingParams
 

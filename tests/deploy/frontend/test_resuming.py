@@ -16,9 +16,9 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend import frontend
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
-from deploy.frontend.generation import Generation
+from deploy.frontend.generation.generation import Generation
 from deploy.frontend.outputs import OutputDelta, RequestOutput
-from deploy.frontend.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from deploy.text.prompts import Prompt, Terms
 from scheduler.config import QueueBounds
 from scheduler.protocol.messages import Pooling
@@ -84,6 +84,7 @@ def undisturbed() -> list[RequestOutput]:
     return whole
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("deaths", "cuts"), [((1, 40, 90, 200), False), ((13, 7, 300), True)], ids=["killed", "cut"])
 def test_a_scheduler_that_dies_is_not_noticed(
     undisturbed: list[RequestOutput], deaths: tuple[int, ...], cuts: bool
@@ -97,6 +98,7 @@ def test_a_scheduler_that_dies_is_not_noticed(
         assert (output.prompt_logprobs is None) == (expected.prompt_logprobs is None), name
 
 
+@pytest.mark.slow
 def test_a_connection_that_loses_all_that_it_carries_is_left(undisturbed: list[RequestOutput]) -> None:
     """No kernel ever tells of it, neither here nor there."""
     deaths = (40, 200)

@@ -10,11 +10,12 @@ from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend import frontend as frontend_module
-from deploy.frontend import service as service_module
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.observation import Observation
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service import service as service_module
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.observation import Observation
+from deploy.frontend.service.service import Service
 from deploy.text.prompts import Prompt, Terms
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import ClusterStatus

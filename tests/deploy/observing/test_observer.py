@@ -18,7 +18,8 @@ from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.config.serve import ServeConfig
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import RequestError
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.observing.metrics import render
 from deploy.observing.observer import Observer
 from deploy.observing.request_log import RequestLog

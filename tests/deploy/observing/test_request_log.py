@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.frontend.observation import PromptUse
+from deploy.frontend.service.observation import PromptUse
 from deploy.observing.request_log import RequestLog
 from kvcache.hashing import hash_blocks
 from tests.deploy.frontend.observations import observation

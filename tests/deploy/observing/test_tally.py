@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from deploy.frontend.observation import PromptUse
+from deploy.frontend.service.observation import PromptUse
 from deploy.observing.tally import E2E, OUTCOMES, QUEUE, REQUEST_METRICS, REQUESTS, TPOT, TTFT, Histogram, increments
 from scheduler.protocol.messages import TalliedMetric
 from scheduler.server.tallies import Tallies

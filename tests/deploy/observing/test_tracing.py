@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from deploy.frontend.observation import Observation
+from deploy.frontend.service.observation import Observation
 from deploy.observing.tracing import Tracer, phases
 from tests.deploy.frontend.observations import SERVED, observation
 

@@ -11,7 +11,7 @@ from ray.serve._private.build_app import build_app
 from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError
 from deploy.ray_serve_llm.builder import read_args
 from manta.serve.llm import LLMConfig, LLMServingArgs, ModelLoadingConfig, build_further_model, build_openai_app
-from tests.hub import put_into_cache
+from tests.shared.hub import put_into_cache
 from workers.model.config.fields import CheckpointError
 
 TINY = str(EMBEDDED_MODEL)

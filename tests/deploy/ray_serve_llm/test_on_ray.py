@@ -19,10 +19,10 @@ from deploy.serving.applications import start_proxies
 from manta import LLM, SamplingParams
 from tests.deploy.serving.test_live_change import PATIENCE_S, until
 from tests.deploy.serving.test_ports import HOST
-from tests.ports import free_ports
-from tests.processes import WORKER, all_named
+from tests.shared.ports import free_ports
+from tests.shared.processes import WORKER, all_named
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT = "def add("
 CONFIGURATION = f"""

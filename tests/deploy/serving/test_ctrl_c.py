@@ -19,9 +19,9 @@ import pytest
 from benchmarks.chaos.roles import holders
 from benchmarks.shared.endpoint import Endpoint, end, serving
 from deploy.config.load import EMBEDDED_MODEL
-from tests.processes import WORKER, all_named, named, signal_all
+from tests.shared.processes import WORKER, all_named, named, signal_all
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 180.0
 FLAGS = ("--replicas", "2", "--threads", "1", "--dtype", "float32", "--kv-memory", "32MiB", "--hung-after-s", "600")

@@ -14,17 +14,17 @@ from ray.serve._private.common import DeploymentStatusInfo, DeploymentStatusTrig
 from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from cluster.config import EngineConfig
-from deploy import discovery as module
-from deploy import engine as engine_module
-from deploy.app import ServeAdministration
 from deploy.config.load import EMBEDDED_MODEL, ModelConfig
 from deploy.config.serve import ServeConfig
-from deploy.discovery import Discovery
 from deploy.doors.access import ApiKeys
-from deploy.engine import Told, further_name
-from deploy.frontend.adapters import OwnShelf
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.further import FurtherModels, ModelState
+from deploy.frontend.models.adapters import OwnShelf
+from deploy.frontend.models.further import FurtherModels, ModelState
+from deploy.serving.replicas import discovery as module
+from deploy.serving.replicas import engine as engine_module
+from deploy.serving.replicas.administration import ServeAdministration
+from deploy.serving.replicas.discovery import Discovery
+from deploy.serving.replicas.engine import Told, further_name
 from deploy.text.prompts import Prompt
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.doors.http.conftest import ScriptedCluster
@@ -270,7 +270,8 @@ def administration(discovery: Discovery) -> ServeAdministration:
     """Of the endpoint `manta`; nobody asks its first model's Engine."""
     limits = ServeConfig(app_name="manta", served_model_name="tiny")
     nobody: Any = None
-    return ServeAdministration(nobody, EngineConfig(model=str(EMBEDDED_MODEL)), limits, ApiKeys(), 1, discovery, nobody)
+    config = EngineConfig(model=str(EMBEDDED_MODEL))
+    return ServeAdministration(nobody, config, limits, ApiKeys(), 1, discovery, nobody, nobody)
 
 
 @pytest.mark.parametrize("failure", [None, "ValueError: 3 ranks do not divide 4 heads"], ids=["coming up", "given up"])

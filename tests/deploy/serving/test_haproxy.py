@@ -20,9 +20,9 @@ from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
 from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
-from tests.ports import free_ports
-from tests.processes import alive, running_by, wait_gone
-from tests.servers import QuietHandler, answering
+from tests.shared.ports import free_ports
+from tests.shared.processes import alive, running_by, wait_gone
+from tests.shared.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
 
@@ -291,6 +291,7 @@ def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
         until("they serve on", lambda: not running_by(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_guard_that_is_slow_to_take_over_is_not_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends since the next guard has it is not started anew by the one before."""
     slow = ["note = haproxy._note", "def slowly(file, process):", "    haproxy.time.sleep(2.0 * (file.name == 'second.pid'))"]

@@ -25,10 +25,10 @@ from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.config.serve import ServeConfig
 from deploy.serving.applications import check_vacant, failure, start_proxies
 from tests.deploy.serving.test_ports import HOST
-from tests.ports import free_ports
-from tests.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
+from tests.shared.ports import free_ports
+from tests.shared.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 240.0
 TOKENS = 1500

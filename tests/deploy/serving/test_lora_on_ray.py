@@ -12,11 +12,11 @@ import pytest
 
 from deploy import LLM, SamplingParams
 from deploy.config.load import EMBEDDED_MODEL
-from tests.adapters import make_adapter
 from tests.deploy.serving.test_serve_on_ray import Endpoint, until
-from tests.processes import ENGINE, INGRESS, SCHEDULER, WORKER, all_named
+from tests.shared.adapters import make_adapter
+from tests.shared.processes import ENGINE, INGRESS, SCHEDULER, WORKER, all_named
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT, SHORT, LONG = "def fibonacci(n):", 16, 400
 REPLICAS = 2
@@ -40,7 +40,7 @@ def expected(folders: dict[str, Path]) -> Callable[[str | None, int], str]:
                                progress=False)  # fmt: skip
         texts = dict(zip(names, (output.outputs[0].token_ids for output in outputs), strict=True))
         assert len({tuple(ids) for ids in texts.values()}) == 3
-        tokenizer = llm._parser.tokenizer
+        tokenizer = llm._calls.parser.tokenizer
         assert tokenizer is not None
         decode = tokenizer.decode
     return lambda name, count: decode(texts[name][:count])

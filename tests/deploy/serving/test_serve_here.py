@@ -37,6 +37,7 @@ def test_a_taken_port_is_named_before_the_model_is_read(tmp_path: Path) -> None:
     assert f"manta: error: port {port} on 127.0.0.1, for HTTP, cannot be had" in log.read_text()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("number", "inherited"), [(signal.SIGTERM, signal.default_int_handler), (signal.SIGINT, signal.SIG_IGN)]
 )
@@ -54,6 +55,7 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
         assert line in said, "what the start has chosen"
 
 
+@pytest.mark.slow
 def test_its_queue_is_bounded(tmp_path: Path) -> None:
     log = tmp_path / "log"
     long = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -67,6 +69,7 @@ def test_its_queue_is_bounded(tmp_path: Path) -> None:
     assert int(refused.headers["retry-after"]) >= 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "log"
@@ -85,6 +88,7 @@ def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path,
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_who_has_not_ended_after_a_while_is_told(tmp_path: Path) -> None:
     log = tmp_path / "log"
     asked = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}

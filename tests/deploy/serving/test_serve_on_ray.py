@@ -27,8 +27,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.config.load import PROXY_PORTS
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
-from tests.ports import free_ports
-from tests.processes import (
+from tests.shared.ports import free_ports
+from tests.shared.processes import (
     ENGINE,
     INGRESS,
     SCHEDULER,
@@ -299,6 +299,7 @@ def test_haproxys_files_are_for_this_account_alone(whole: Endpoint) -> None:
     assert "bind *" not in file.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", ["its own", "its manager's"])
 def test_newcomers_meet_no_gap_when_haproxy_dies(whose: str, whole: Endpoint) -> None:
     pid, _ = whole.haproxy()
@@ -360,6 +361,7 @@ def test_it_answers_over_grpc(whole: Endpoint, expected: list[str]) -> None:
     assert health.status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_whichever_replica_is_asked_and_outlives_them(whole: Endpoint) -> None:
     def respond(previous: str | None) -> str:
         """Over a connection of its own."""
@@ -394,6 +396,7 @@ def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoi
     until("blocks are still held", whole.is_idle)
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) -> None:
     before = whole.processes(INGRESS, 2)
     with whole.streams([*PROMPTS, *PROMPTS], ENDLESS) as streams:
@@ -471,6 +474,7 @@ def test_ctrl_c_ends_everything(whole: Endpoint) -> None:
     until("the second HAProxy is left", lambda: not running_by(folder))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_start_as_tidily(tmp_path: Path) -> None:
     with contextlib.closing(Endpoint(tmp_path)) as starting:
         until("it does not start", lambda: "starting Ray Serve" in starting.said, lambda: starting.said)

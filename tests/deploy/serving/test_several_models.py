@@ -24,10 +24,10 @@ from deploy.config.serve import ServeConfig
 from deploy.serving.applications import all_status, check_vacant, start_proxies
 from tests.deploy.serving.test_live_change import PATIENCE_S, TOKENS, Load, until
 from tests.deploy.serving.test_ports import HOST
-from tests.ports import free_ports
-from tests.processes import INGRESS, SCHEDULER, WORKER, all_named, command_line, named, wait_gone
+from tests.shared.ports import free_ports
+from tests.shared.processes import INGRESS, SCHEDULER, WORKER, all_named, command_line, named, wait_gone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = 2000
 ENGINE_SETTINGS = {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu", "hung_after_s": 120.0}

@@ -15,8 +15,10 @@ from fastapi import FastAPI, Request, Response
 
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
-from deploy.frontend.further import FurtherModel, FurtherModels
-from deploy.frontend.service import Cluster, ServedModel, Service
+from deploy.frontend.clusters import Cluster
+from deploy.frontend.models.further import FurtherModel, FurtherModels
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status import status_routes
 from deploy.text.prompts import read_model_limits
 from tests.deploy.status.fake_cluster import FakeCluster

@@ -15,7 +15,8 @@ from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL, bound_openmp_spin
 from deploy.doors.access import ApiKeys
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
 from deploy.status.document import StatusDocument
 from tests.deploy.doors.http.conftest import Host

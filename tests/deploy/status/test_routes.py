@@ -13,11 +13,12 @@ from fastapi import FastAPI
 from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service import ServedModel, Service
-from deploy.status import ASSETS, FOLDER
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status.document import ExpertsLine, StatusDocument
 from deploy.status.history import History
 from deploy.status.maps import unpack
+from deploy.status.page import ASSETS, FOLDER
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.status.fake_cluster import FakeCluster
 from tests.deploy.status.serving import make_app

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.text.lengths import USUAL_CHARACTERS, TextTooLong, encode_within
+from deploy.text.prompts import USUAL_CHARACTERS, TextTooLong, encode_within
 from deploy.text.tokenizer import Tokenizer
 
 LIMIT = 512

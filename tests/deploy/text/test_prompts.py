@@ -7,23 +7,14 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.resolve import MAX_MODEL_LEN_DEFAULT, resolve
-from deploy.frontend.service import ServedModel
-from deploy.text.prompts import (
-    Content,
-    Conversation,
-    ModelLimits,
-    Prompt,
-    PromptError,
-    PromptParser,
-    PromptTooLong,
-    Terms,
-    read_model_limits,
-)
+from deploy.frontend.service.model import ServedModel
+from deploy.text.content import Content, Conversation, PromptError, PromptTooLong
+from deploy.text.prompts import ModelLimits, Prompt, PromptParser, Terms, read_model_limits
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, MAX_TOKENS, USER
-from tests.tokenizers import CHATML, TURN_END, byte_level, save
-from tests.tokenizers import EOS as TOKENIZER_EOS
+from tests.shared.tokenizers import CHATML, TURN_END, byte_level, save
+from tests.shared.tokenizers import EOS as TOKENIZER_EOS
 
 LIMITS = ModelLimits(vocab_size=400, max_tokens=MAX_TOKENS, eos_ids=(EOS,))
 HELLO = {"role": "user", "content": "hello"}

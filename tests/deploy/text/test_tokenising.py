@@ -11,17 +11,18 @@ import httpx
 import msgspec
 import pytest
 
+from deploy.batch.backends.own import ServiceBackend
 from deploy.batch.lines import Line, parse
-from deploy.batch.own import ServiceBackend
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor
-from deploy.doors.http import create_app
+from deploy.doors.http.app import create_app
 from deploy.frontend.errors import CONTEXT_EXCEEDED, RequestError
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
-from deploy.text.prompts import Content, Conversation
+from deploy.text.content import Content, Conversation
 from deploy.text.tokenising import LONG_AT_ONCE, LONG_CHARACTERS, is_long
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import ScriptedCluster

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from deploy.doors.openai.answers.logprobs import CompletionTable, TokenNames, chat_logprobs, of_prompt, sampled
 from deploy.frontend.outputs import Logprob
 from deploy.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
-from tests.tokenizers import BOS, CHATML, EOS, KINDS, LLAMA2, TURN_END, byte_level, save, sentencepiece_bpe
+from tests.shared.tokenizers import BOS, CHATML, EOS, KINDS, LLAMA2, TURN_END, byte_level, save, sentencepiece_bpe
 from workers.sampling.grammar import load_tokenizer
 
 TEXTS = ["hello world", "the café niño says hello, and again.", "你好 Ünïcode", "  two  blanks  ", "don't stop!", "👩‍👧 naïve"]

@@ -12,7 +12,7 @@ import torch
 from benchmarks.models.compare import SETTINGS, Reference, Setting, compare
 from benchmarks.models.zoo import make
 from tests.end_to_end.engines import greedy, open_llm, run
-from tests.quantising import MXFP4, is_stack, quantise
+from tests.shared.quantising import MXFP4, is_stack, quantise
 from workers.execution import expert_counter
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,6 +35,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder / "quantised", Reference(plain)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("setting", [*SETTINGS, *BY_EXPERT], ids=str)
 def test_the_same_tokens(checkpoint: tuple[Path, Reference], setting: Setting) -> None:
     path, reference = checkpoint

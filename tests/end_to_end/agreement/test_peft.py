@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.text.sources import Source
-from tests.checkpoints import load_reference, make_checkpoint
+from deploy.doors.python.sources import Source
 from tests.end_to_end.engines import greedy, open_llm
+from tests.shared.checkpoints import load_reference, make_checkpoint
 
 peft = pytest.importorskip("peft")
 

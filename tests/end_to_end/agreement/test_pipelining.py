@@ -28,6 +28,7 @@ def plain(checkpoints: dict[str, Path]) -> list[RequestOutput]:
         return run(llm, PROMPTS, LONGER)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("setting", "depth", "report_steps"),
     [

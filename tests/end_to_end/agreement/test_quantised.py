@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from deploy.config.load import ConfigError
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS
 from tests.end_to_end.reference import Ledger, Reference
-from tests.quantising import FORMATS, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import FORMATS, quantise
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "size"), [("fp8-block", 2), ("compressed-w4-order", 1)])
 def test_tokens(name: str, size: int, tmp_path: Path) -> None:
     plain = make_checkpoint(tmp_path / "plain", QWEN3)

@@ -40,6 +40,7 @@ def test_the_table_covers_every_pair() -> None:
     assert not uncovered_pairs()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("setting", judged_in("float32"), ids=str)
 def test_the_same_tokens_as_transformers(
     setting: Setting, checkpoints: dict[str, Path], references: dict[str, Reference], ledger: Ledger
@@ -53,6 +54,7 @@ def test_the_same_tokens_as_transformers(
     ledger.require_rare()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("setting", judged_in("float64"), ids=str)
 def test_the_same_outputs_as_one_rank(setting: Setting, checkpoints: dict[str, Path], plain: Plain) -> None:
     with open_setting(checkpoints[setting.architecture], setting) as llm:

@@ -14,13 +14,13 @@ from benchmarks.models.zoo import make
 from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
 from kvcache.layout import FP8
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.agreement.settings import Setting, open_setting
 from tests.end_to_end.agreement.turns import turns
 from tests.end_to_end.engines import LLAMA, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, SAMPLING, draw
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.model.checkpoint.test_kv_scales import PROJECTIONS, with_scales
 
 NARROW: dict[str, Any] = {"dtype": "float64", "kv_dtype": "fp8"}
@@ -39,6 +39,7 @@ def plain(scaled: Path) -> list[RequestOutput]:
         return run(llm, PROMPTS, SAMPLING)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "setting",
     [
@@ -104,6 +105,7 @@ def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.few(2)
 def test_classes_of_transformers(varied: Path) -> None:
     """Whole prompts without a cache; then in chunks, with a small pool, with hits."""
     prompts = [draw(length, seed=length) for length in (150, 40, 17)]
@@ -117,6 +119,7 @@ def test_classes_of_transformers(varied: Path) -> None:
     assert outputs(2, block_size=16, max_num_batched_tokens=16) == 2 * expected
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("architecture", [LLAMA, QWEN3])
 def test_in_float32_greedily(architecture: str, checkpoints: dict[str, Path]) -> None:
     """Through the compiled kernels of that dtype, where there are some."""

@@ -13,6 +13,7 @@ BLOCKS = 32  # of 16 tokens: two of the prompts with their output
 OUTPUT = greedy(24)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
 def test_what_was_evicted_comes_back_from_host_memory(size: int, checkpoints: dict[str, Path]) -> None:
     path = checkpoints[QWEN3]

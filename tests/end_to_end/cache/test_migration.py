@@ -76,6 +76,7 @@ def migrate_all(llm: LLM) -> int:
     return engine.call(migrate)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
 def test_sequences_that_move_in_mid_stream_say_the_same(
     size: int, checkpoints: dict[str, Path], expected: list[list[list[int]]], gates: Gates

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from deploy import LLM
-from tests.checkpoints import generate_reference, make_checkpoint
 from tests.end_to_end.engines import MISTRAL, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
+from tests.shared.checkpoints import generate_reference, make_checkpoint
 
 BLOCK, WINDOW, CHUNK = 16, 40, 32
 MOST = 3 + 1 + 2 * CHUNK // BLOCK
@@ -37,6 +37,7 @@ def open_windowed(path: Path, blocks: int, **options: int) -> LLM:
     )  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("blocks", [MOST, MOST + 3, 2 * MOST, 200])
 def test_the_same_tokens_in_a_pool_far_smaller_than_the_sequences(
     blocks: int, checkpoint: Path, expected: list[list[int]]
@@ -46,6 +47,7 @@ def test_the_same_tokens_in_a_pool_far_smaller_than_the_sequences(
     assert [choice for choices in tokens(outputs) for choice in choices] == expected
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_back(checkpoint: Path, expected: list[list[int]]) -> None:
     with open_windowed(checkpoint, MOST + 3, size=2) as llm:
         outputs = run(llm, PROMPTS, greedy(OUTPUT))

@@ -28,6 +28,7 @@ def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
         return tokens(run(llm, PROMPTS, PARAMS))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("steps", [0, 3, 25], ids=lambda steps: f"after{steps}steps")
 @pytest.mark.parametrize("broken", ["manta-group1-rank0", "manta-group0-rank1"])
 def test_the_surviving_group_goes_on_with_the_same_tokens(

@@ -59,6 +59,7 @@ async def storm(llm: LLM, work: list[tuple[list[int], SamplingParams]], numbers:
     return await asyncio.gather(*tasks)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("seed", "depth", "report_steps", "groups", "size"), [(1, 1, 1, 2, 1), (2, 1, 3, 2, 2), (3, 0, 5, 3, 1)]
 )

@@ -14,15 +14,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deploy import LLM, SamplingParams
-from deploy.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.frontend.outputs import GenerationError
-from deploy.text.prompts import PromptError
+from deploy.terminal.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
+from deploy.text.content import PromptError
 from manta.commands import app
 from tests.end_to_end.engines import MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle
-from tests.processes import descendants, wait_gone
+from tests.shared.processes import descendants, wait_gone
 
 BLOCK = 16
 BLOCKS = 8
@@ -311,6 +311,7 @@ def test_one_request_of_a_file_that_never_fits(checkpoints: dict[str, Path], tmp
     assert "raise kv_memory" in bad["error"]
 
 
+@pytest.mark.slow
 def test_interrupted_in_mid_generation() -> None:
     """Ctrl-C: a word, the exit code, and no process left."""
     command = [sys.executable, "-m", "manta", "generate", "--local", "--groups", "2", "--kv-memory", "64MiB"]

@@ -13,15 +13,15 @@ import torch
 import transformers
 
 from deploy import LLM, SamplingParams
+from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import EmbeddingRequestOutput
-from deploy.text.prompts import PromptError
-from deploy.text.sources import Source
-from tests.checkpoints import make_checkpoint
+from deploy.text.content import PromptError
 from tests.end_to_end.engines import ARCHITECTURES, LLAMA, QWEN3, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.reference import embeddings
 from tests.end_to_end.waiting import wait_idle
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import EOS, byte_level, save
 
 ROUNDING = 2e-5
 TEXTS = [SHARED, [*SHARED[:256], *draw(5, seed=30)], draw(257, seed=31), draw(16, seed=32), draw(1, seed=33), SHARED[:33]]
@@ -39,6 +39,7 @@ def vectors(outputs: Sequence[EmbeddingRequestOutput]) -> npt.NDArray[np.float64
     return np.array([output.outputs.embedding for output in outputs])
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize(("size", "block", "budget"), [(1, 256, 2048), (1, 16, 100), (2, 16, 100), (2, 256, 2048)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

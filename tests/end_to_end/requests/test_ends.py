@@ -10,9 +10,9 @@ import torch
 
 from deploy import LLM, SamplingParams
 from deploy.config.load import EMBEDDED_MODEL
+from deploy.doors.python.sources import Source
 from deploy.frontend.errors import Fault
 from deploy.frontend.outputs import GenerationError
-from deploy.text.sources import Source
 from tests.end_to_end.engines import LLAMA, QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.reference import Reference

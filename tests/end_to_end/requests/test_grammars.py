@@ -100,6 +100,7 @@ def plain() -> list[RequestOutput]:
         return [output for one in MIXED for output in run(llm, [one])]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("size", "groups", "depth", "blocks", "budget", "report_steps"),
     [

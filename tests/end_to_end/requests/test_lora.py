@@ -10,13 +10,13 @@ import pytest
 from benchmarks.models.zoo import make
 from deploy import LLM
 from deploy.config.load import ConfigError
+from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import GenerationError, RequestOutput
-from deploy.text.prompts import PromptError
-from deploy.text.sources import Source
-from tests.adapters import make_adapter, merge
-from tests.checkpoints import make_checkpoint
+from deploy.text.content import PromptError
 from tests.end_to_end.engines import QWEN2, QWEN3, greedy, open_llm
 from tests.end_to_end.reference import Reference
+from tests.shared.adapters import make_adapter, merge
+from tests.shared.checkpoints import make_checkpoint
 
 TOKENS = 10
 PROMPTS = [list(range(first, first + 20 + first)) for first in range(1, 9)]
@@ -72,6 +72,7 @@ def ask(llm: LLM, prompts: list[list[int]], names: list[str | None] | str | None
 MIXED: list[str | None] = ["all", None, "large", "some", "all", "large", None, "some"]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("slots", [3, 1])
 def test_several_adapters_and_none_in_one_batch(adapted: Adapted, size: int, slots: int) -> None:
@@ -108,6 +109,7 @@ def test_a_prefix_is_shared_with_the_same_adapter_alone(adapted: Adapted, opened
     assert min(hits[3:]) >= 64
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slots", [2, 1])
 def test_who_is_preempted_goes_on_with_its_adapter(adapted: Adapted, slots: int) -> None:
     prompts = [prompt[:20] for prompt in PROMPTS]

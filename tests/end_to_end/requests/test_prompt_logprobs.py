@@ -9,10 +9,10 @@ from torch import Tensor
 from cluster.resolve import DEPTH
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import Logprob, PromptEntries, RequestOutput
-from tests.checkpoints import load_reference
 from tests.end_to_end.engines import LLAMA, QWEN3, open_llm, run
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.waiting import wait_idle
+from tests.shared.checkpoints import load_reference
 
 MOST = 4
 ROUNDING = 1e-9  # of float64, between one way to run and another
@@ -90,6 +90,7 @@ def test_they_are_those_of_transformers(architecture: str, size: int, budget: in
         require_measured(output, prompt, expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("size", "budget", "depth", "blocks"), [(1, 2048, 1, None), (2, 100, 0, None), (1, 100, 1, 35), (1, 2048, 0, 35)]
 )

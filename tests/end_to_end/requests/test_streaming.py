@@ -8,7 +8,7 @@ import pytest
 
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
-from deploy.text.prompts import PromptError
+from deploy.text.content import PromptError
 from tests.end_to_end.engines import LLAMA, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, draw
 from tests.end_to_end.waiting import wait_idle, wait_until

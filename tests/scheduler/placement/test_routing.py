@@ -8,6 +8,7 @@ from scheduler.placement.routing import FEW_GROUPS, Newcomer
 from tests.scheduler.cluster import Cluster
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("window", [None, 6])
 def test_many_groups_are_placed_as_few_are(seed: int, window: int | None) -> None:

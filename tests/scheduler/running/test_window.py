@@ -6,8 +6,8 @@ from kvcache.ids import GroupId
 from scheduler.config import Resolved
 from scheduler.protocol.leaders import Receive
 from scheduler.queue.limits import RequestRefused
+from scheduler.running.window import Window
 from scheduler.sequence import State
-from scheduler.window import Window
 from tests.scheduler.cluster import Cluster, Stream, filled
 
 PROMPT = filled(0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0)

@@ -520,6 +520,7 @@ def test_everybody_is_told_that_the_scheduler_lives(served: Served) -> None:
         assert FrameSocket.receive(client) == ALIVE
 
 
+@pytest.mark.few(1)
 def test_a_scheduler_is_in_use_while_it_has_a_group_and_a_front_end(served: Served) -> None:
     def is_used() -> bool:
         served.used.clear()

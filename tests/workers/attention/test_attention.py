@@ -142,6 +142,7 @@ def test_blocks_of_256(backend: str, dtype: str, device: str) -> None:
     check(MAKE[backend], make_problem(step, layout, heads=2, device=device))
 
 
+@pytest.mark.few
 @every_backend
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 8])
 def test_query_heads_share_kv_heads(backend: str, dtype: str, device: str, group: int) -> None:
@@ -151,6 +152,7 @@ def test_query_heads_share_kv_heads(backend: str, dtype: str, device: str, group
     check(MAKE[backend], make_problem(step, layout, heads=2 * group, device=device))
 
 
+@pytest.mark.few
 @every_backend
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_head_sizes(backend: str, dtype: str, device: str, head_dim: int) -> None:
@@ -321,6 +323,7 @@ def test_a_failing_or_silent_compiler_falls_back_to_torch(monkeypatch: pytest.Mo
         assert isinstance(select_backend("cpu", pool=_pool(), heads=2, cache_folder=tmp_path), CpuAttention)
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_share_one_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Built in haste: what is built does not matter here."""
     _native(_pool(), 2)

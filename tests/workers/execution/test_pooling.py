@@ -13,7 +13,7 @@ import transformers
 
 from scheduler.protocol.messages import FinishReason, Pooling
 from scheduler.protocol.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.stepping import Lease, Stepped, Work
 from workers.execution.gpu import chunks
 from workers.execution.gpu import runner as gpu_runner
@@ -90,6 +90,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
     return {**few, "attention": "triton", "cuda_graphs": False}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("runner", "pooling", "depth"),
     [("cpu", "last", 0), ("cpu", "mean", 1), ("gpu", "last", 1), ("gpu", "mean", 0)],
@@ -108,6 +109,7 @@ def test_they_are_those_of_transformers(
         stepped.close()
 
 
+@pytest.mark.few(1)
 def test_beside_sequences_that_decode_and_are_measured(runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """Neither disturbs the other, also where one token of the prompt is left to compute."""
     path = checkpoints["Qwen3ForCausalLM"]
@@ -127,6 +129,7 @@ def test_beside_sequences_that_decode_and_are_measured(runner: dict[str, Any], c
         stepped.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cached", [0, 15, 16])
 def test_the_last_token_needs_no_more_than_itself(cached: int, runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """What another sequence has computed stands for the rest, up to all but the last token."""
@@ -146,6 +149,7 @@ def test_the_last_token_needs_no_more_than_itself(cached: int, runner: dict[str,
         stepped.close()
 
 
+@pytest.mark.few(1)
 def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """The row is another sequence's, or the same one's again, whose sum begins anew."""
     path, prompt = checkpoints["Qwen3ForCausalLM"], [3, 9] * 13
@@ -163,6 +167,7 @@ def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, A
         stepped.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("runner", "name"),
     [
@@ -185,6 +190,7 @@ def test_a_classifiers_labels(name: str, runner: dict[str, Any], checkpoints: di
         stepped.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("runner", "tied"), [("cpu", False), ("cpu", True), ("gpu", True)], indirect=["runner"])
 def test_one_token_against_the_other(tied: bool, runner: dict[str, Any], tmp_path: Path) -> None:
     """As Qwen3-Reranker judges: the log-odds of yes. sentence-transformers' files say which tokens those are."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, exact_norm
 from workers.kernels.products.many import expanded, product
-from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, Tiling, choose
 from workers.kernels.reduced import Reduced
 
 EPS = 1e-6
@@ -41,6 +42,7 @@ def exact(x: Tensor, weight: Reduced, norm: Tensor | None, bias: Tensor | None, 
     return F.silu(gate) * up
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -69,6 +71,7 @@ def test_matvec(device: str, form: str, name: str, tokens: int, norm: bool, bias
     close(result, expected, dtype)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["four bits", "four bits, large groups"])
 @pytest.mark.parametrize(("columns", "parts"), [(512, 2), (256, 4), (64, 1)])

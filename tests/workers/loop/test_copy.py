@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scheduler.protocol.leaders import Copy, Drop
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.loop.test_batch import lease
 from tests.workers.parallel.real_groups import OUTPUT, PROMPT, Group, start
 

@@ -9,7 +9,7 @@ import pytest
 from scheduler.batching import StepPlan
 from scheduler.protocol.leaders import Beat
 from workers.loop.batch import Launched, Measured
-from workers.loop.pulse import FACTOR, FIRST_S, FLOOR_S, FORGETTING, Heart, Pulse, kind_of
+from workers.loop.pulse import FACTOR, FIRST_S, FLOOR_S, FORGETTING, RESIZED_S, Heart, Pulse, kind_of
 
 
 def step(decodes: int, chunk: int = 0, *, measured: bool = False) -> Launched:
@@ -40,9 +40,18 @@ def test_the_first_step_of_a_kind_has_time_to_compile() -> None:
     loop = Loop()
     assert loop.turn(200.0, step(4)) == FIRST_S
     assert loop.turn(0.1, step(4)) == FACTOR * 200.0
-    assert loop.turn(0.1, step(64)) == FIRST_S, "another graph"
     assert loop.turn(0.1, step(4, chunk=60)) == FIRST_S, "as many tokens, but a chunk"
     assert loop.turn(0.1, step(4, chunk=60, measured=True)) == FIRST_S, "and the whole vocabulary's logits"
+
+
+def test_one_of_another_size_is_given_what_its_tokens_take_and_time_for_a_kernel() -> None:
+    loop = Loop()
+    loop.turn(0.02, step(4))
+    assert loop.turn(0.1, step(64)) == RESIZED_S
+    loop.turn(1.0, step(1, chunk=500))
+    assert loop.turn(0.1, step(1, chunk=50)) == RESIZED_S, "fewer tokens take no longer"
+    assert loop.turn(0.1, step(1, chunk=4_000)) == pytest.approx(64 * FACTOR * 0.1), "by who promises least"
+    assert loop.turn(0.1, step(1, chunk=500, measured=True)) == FIRST_S, "and what it does was never done"
 
 
 def test_a_known_one_is_given_times_what_it_takes_and_seconds_at_least() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import LLAMA3_ROPE, generate_reference, load_reference, make_checkpoint
+from tests.shared.checkpoints import LLAMA3_ROPE, generate_reference, load_reference, make_checkpoint
 from tests.workers.decoding import Ranks, make_step
 
 YARN_ROPE = {
@@ -40,6 +40,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **fields)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1, 2])
 def test_greedy_tokens_equal_transformers(checkpoint: Path, size: int) -> None:
     with Ranks(checkpoint, size) as ranks:

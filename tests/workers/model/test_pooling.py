@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import make_checkpoint
-from tests.tokenizers import byte_level, save
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import byte_level, save
 from workers.model.config.architectures import ModelConfig, read_config
 from workers.model.config.fields import CheckpointError
 from workers.model.pooling import Uses, read_uses

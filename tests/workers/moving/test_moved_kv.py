@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scheduler.protocol.leaders import Drop, Load, Movement, Offload, Receive, Send
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.loop.test_batch import lease
 from tests.workers.moving.movers import TOKEN, Said, ids
 from tests.workers.parallel.real_groups import PROMPT, Group, start

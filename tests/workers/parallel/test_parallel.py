@@ -120,6 +120,7 @@ def shared_threads(size: int, **options: Any) -> list[SharedMemoryGroup]:
     return groups
 
 
+@pytest.mark.few(1)
 @needs_shared_memory
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_shared_memory_in_small_sections(size: int) -> None:

@@ -136,6 +136,7 @@ def gather(front_end: FrameSocket) -> tuple[list[int], Finished]:
             return tokens, end
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_group_goes_on_for_the_next_scheduler_with_what_stands_in_its_pool(servers: list[Served], size: int) -> None:
     alone = servers.pop()

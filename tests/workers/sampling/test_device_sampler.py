@@ -93,6 +93,7 @@ def both(
 # ---- the same tokens -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_mixture_of_all_settings_over_steps_that_count_their_tokens(dtype: torch.dtype) -> None:
     requests = every_request()
@@ -146,6 +147,7 @@ FILTERED = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("capacity", [2048, 16])
 @pytest.mark.parametrize(("splits", "block", "rounds"), [(1, 256, 1), (4, 32, 2), (2, 64, 0)])
 def test_any_geometry_draws_the_same(splits: int, block: int, rounds: int, capacity: int) -> None:

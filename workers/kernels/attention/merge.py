@@ -33,6 +33,20 @@ def merged(partial, lse, sinks, group, entry, pieces, first, GROUP: tl.constexpr
 
 
 @triton.jit
+def merge_row(row, pieces, entry, partial, lse, sinks, counters, head, dims, out, out_stride, KV_HEADS: tl.constexpr,
+              GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
+              PIECES: tl.constexpr):  # fmt: skip
+    """Merges the pieces of a row, those from `entry` on, if its last piece was this one."""
+    if tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
+        tl.store(counters + row * KV_HEADS + head, 0)
+        result = merged(partial, lse, sinks, head, entry, pieces, 0, GROUP, ROWS, DIM, BLOCK_DIM, PIECES)
+        heads = tl.arange(0, ROWS)
+        whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
+        tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
+                 mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
+
+
+@triton.jit
 def merge_members(members, count, partial, lse, sinks, row_pieces, row_entries, counters, head, out, out_stride,
                    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
                    BLOCK_DIM: tl.constexpr):  # fmt: skip

@@ -106,6 +106,23 @@ def fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP: tl.co
 
 
 @triton.jit
+def attend_spans(q, pool, table, low, high, base, head, lowest, context, top, weight, scale, DIM: tl.constexpr,
+                 ROW: tl.constexpr, SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr,
+                 KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Spans `low` to `high` into the online softmax that begins with top and weight [ROWS]. q: [ROWS, BLOCK_DIM]. Returns top,
+    weight and the weighted sum of values, float32 [ROWS, BLOCK_DIM]."""
+    dims = tl.arange(0, q.shape[1])
+    acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
+    # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
+    block = span_blocks(table, low, lowest, context, KV_BLOCK, KEYS)
+    for span in tl.range(low, high, num_stages=STAGES):
+        k, v = span_kv(pool, block, span, base, head, lowest, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
+        block = span_blocks(table, tl.minimum(span + 1, high - 1), lowest, context, KV_BLOCK, KEYS)
+        top, weight, acc = fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP, PRECISION)
+    return top, weight, acc
+
+
+@triton.jit
 def first_peak(sinks, heads, real):
     """Where the online softmax of these query heads begins: the greatest score, in base 2, and its weight. With a sink at its
     score; else at a finite one, so that a span without a written key weighs nothing."""

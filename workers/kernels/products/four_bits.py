@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows, interpreted
-from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sum_of_parts
+from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sums_of_parts
 
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -168,9 +168,6 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
         at = tl.arange(0, ROWS)[:, None] * TOKENS + token[None, :]
         if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
-        tl.store(counters + block, 0)
-        total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
-        if GATED:
-            up = sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+        total, up = sums_of_parts(partial, at, up, counters + block, block * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
 
     finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N, BIAS, RESIDUAL, GATED)

@@ -7,7 +7,7 @@ are added in float32. Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sum_of_parts
+from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sums_of_parts
 
 
 @triton.jit
@@ -80,10 +80,7 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
         at = row[:, None] * TOKENS + token[None, :]
         if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
-        tl.store(counters + block, 0)
-        total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
-        if GATED:
-            up = sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+        total, up = sums_of_parts(partial, at, up, counters + block, block * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
 
     if GROUP == 0:
         of_x = tl.load(x_scales + near)[None, :]

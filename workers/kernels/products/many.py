@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import interpreted
-from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, choose
 from workers.kernels.products.widen import ONE, of_four_bits, of_fp8
 from workers.kernels.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.rows.rounding import rounded

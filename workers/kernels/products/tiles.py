@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
-from workers.kernels.lora.few import narrowed, of_tokens, raise_by, side
 from workers.kernels.products.widen import of_fp8
 
 FEW_TURNS = tl.constexpr(2)
@@ -37,6 +36,17 @@ def is_last_of_parts(partial, at, total, up, counter, SIZE: tl.constexpr, HALF: 
 
 
 @triton.jit
+def sums_of_parts(partial, at, up, counter, first, SIZE: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+                  GATED: tl.constexpr):  # fmt: skip
+    """A tile's sums and, where GATED, those of the other half, for the last of its programs."""
+    tl.store(counter, 0)
+    total = sum_of_parts(partial, at, first, SIZE, PARTS)
+    if GATED:
+        up = sum_of_parts(partial, HALF + at, first, SIZE, PARTS)
+    return total, up
+
+
+@triton.jit
 def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: tl.constexpr, BIAS: tl.constexpr,
                  RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """A tile's sums [ROWS, TOKENS], and those of the other half, to their places in `out`."""
@@ -54,19 +64,14 @@ def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: 
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low_b, low_slots, low_listed, low_present, tokens,
-          x_stride, weight_stride, out_stride, eps,
+def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-          GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr = 0,
-          LOW: tl.constexpr = 0, FIRST: tl.constexpr = 0, SECOND: tl.constexpr = 0, PER: tl.constexpr = 1,
-          SHARES: tl.constexpr = 1, OVERLAP: tl.constexpr = False):  # fmt: skip
+          GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
     counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales: as in `of_fp8`.
-    RANK: of the adapters whose part is added, 0: none; `low` and what follows as in `lora.few`, where the first part of the
-    output has FIRST rows, the second SECOND; no tile lies in two. OVERLAP: what makes `low` may still run.
     """
     SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
     block = tl.program_id(0) // PARTS
@@ -82,9 +87,6 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
         if GATED:
             fetch_rows(half + begin, safe, weight_stride, K // PARTS)
         tl.extra.cuda.gdc_wait()
-    if RANK > 0:
-        own, slot = of_tokens(low_slots, low_listed, token, tokens, PER)
-        present = tl.load(low_present, cache_modifier=".cg")
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * weight_stride + column[None, :]
@@ -99,7 +101,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
         powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
-        a = tl.load(x + start + x_at, mask=there, other=0.0, cache_modifier=".cg" if OVERLAP else "")
+        a = tl.load(x + start + x_at, mask=there, other=0.0)
         if NORM:
             plain = a.to(tl.float32)
             if OFTEN:
@@ -125,10 +127,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
             tl.store(partial + tl.program_id(0) * SIZE + SIZE - TOKENS + token, squares)
         if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
-        tl.store(counters + block, 0)
-        total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
-        if GATED:
-            up = sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+        total, up = sums_of_parts(partial, at, up, counters + block, block * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
         if NORM:
             squares = sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
 
@@ -136,26 +135,6 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
         total *= tl.load(scales + safe).to(tl.float32)[:, None]
         if GATED:
             up *= tl.load(scales + N + safe).to(tl.float32)[:, None]
-    if RANK > 0:
-        OUT: tl.constexpr = 2 * N if GATED else N
-        b_tile = side(low_b, slot, safe, OUT, RANK, PER, ROWS)
-        if GATED:
-            b_other = side(low_b, slot, N + safe, OUT, RANK, PER, ROWS)
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        part = 0 if GATED else (block * ROWS >= FIRST).to(tl.int32) + (block * ROWS >= FIRST + SECOND).to(tl.int32)
-        narrow = narrowed(low, part, LOW, RANK, SHARES, TOKENS)
-        if GATED:
-            narrow_up = narrowed(low, 1, LOW, RANK, SHARES, TOKENS)
-        total = raise_by(total, b_tile, narrow, slot, own, RANK, PER, TOKENS)
-        if GATED:
-            up = raise_by(up, b_other, narrow_up, slot, own, RANK, PER, TOKENS)
-        for first in tl.range(PER, present, PER, num_stages=1):
-            more = tl.load(low_listed + first + tl.arange(0, PER), cache_modifier=".cg")
-            total = raise_by(total, side(low_b, more, safe, OUT, RANK, PER, ROWS), narrow, more, own, RANK, PER, TOKENS)
-            if GATED:
-                beside = side(low_b, more, N + safe, OUT, RANK, PER, ROWS)
-                up = raise_by(up, beside, narrow_up, more, own, RANK, PER, TOKENS)
     if NORM:
         scale = tl.rsqrt(squares / K + eps)[None, :]
         total *= scale

@@ -4,7 +4,6 @@ kernels.
 
 from torch import Tensor
 
-from workers.kernels.lora.few import FewRows, LowRank, list_slots
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
 from workers.kernels.lora.weights import LoraWeights
@@ -17,18 +16,11 @@ class DeviceRows:
     def __init__(self, slots: Tensor, count: int) -> None:
         self._slots, self._count = slots, count
         self._grouped: GroupedRows | None = None
-        self._few: FewRows | None = None
 
     def add(self, weights: LoraWeights, product: Tensor, x: Tensor) -> None:
         if self._grouped is None:
             self._grouped = group(self._slots, self._count)
         add_low_rank(product, x, weights.a, weights.b, weights.rows, self._grouped)
-
-    def beside(self, weights: LoraWeights) -> LowRank:
-        """For a product of few rows that adds it itself."""
-        if self._few is None:
-            self._few = list_slots(self._slots, self._count)
-        return LowRank(weights.a, weights.b, weights.rows, self._few)
 
     def at(self, rows: Tensor) -> "DeviceRows":
         return DeviceRows(self._slots.index_select(0, rows), self._count)

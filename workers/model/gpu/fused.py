@@ -7,8 +7,6 @@
     few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
         QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
         and SwiGLU · down product and residual add
-        (with adapters the products stand by themselves, unless `ADAPTERS_BESIDE`: then they add their part themselves, behind
-        one more launch each)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
@@ -22,10 +20,10 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
-from workers.kernels.lora.few import LowRank
 from workers.kernels.lora.weights import StepAdapters
 from workers.kernels.products.many import rounds
-from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, choose_adapted, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose
 from workers.kernels.reduced import Reduced, Rounded
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.embed import embed_norm
@@ -33,7 +31,6 @@ from workers.kernels.rows.norm import add_rms_norm, rms_norm, rounded_norm
 from workers.kernels.rows.reduce import sum_add_rms_norm, takes
 from workers.kernels.rows.rounding import silu_mul_rounded
 from workers.model.decoder import Decoder, Layer
-from workers.model.gpu.adapters import DeviceRows
 from workers.model.gpu.fused_experts import FusedMixture
 from workers.model.layers.experts import Mixture
 from workers.model.layers.linear import Linear
@@ -76,11 +73,6 @@ SMALL_WEIGHT_BYTES, DEPENDENT_TOKENS = 16 << 20, 8
 are disturbed: 116 instead of 103 us for the four of a layer at 8B."""
 
 
-ADAPTERS_BESIDE = False
-"""Whether products of few tokens add the part of their adapters themselves, in 16 bits: 28 us more a layer of the 8B shape
-instead of 49, but on an H200 a small model's first such step reads where it may not, for a reason that is yet to be found."""
-
-
 class FusedDecoder:
     """One rank's decoder over one pool. Every rank of a group makes the same calls: they meet in the collectives.
 
@@ -121,8 +113,8 @@ class FusedDecoder:
         tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
         tokens; None: no token has one.
         """
-        if len(tokens) <= self._few_tokens and rows is None and (adapters is None or ADAPTERS_BESIDE):
-            return self._few(tokens, positions, slots, attend, adapters)
+        if len(tokens) <= self._few_tokens and rows is None and adapters is None:
+            return self._few(tokens, positions, slots, attend)
         return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -190,62 +182,50 @@ class FusedDecoder:
         """Which tokens are no padding, where that matters."""
         return slots < self._scratch_slot if self._mixtures and self._scratch_slot is not None else None
 
-    def _few(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, adapters: StepAdapters | None
-    ) -> Tensor:  # fmt: skip
+    def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
+        """As `logits`, of few tokens, none of which has an adapter."""
         hidden, _ = self._embed(tokens)
         live = self._live(slots)
         for number, layer in enumerate(self._layers):
-            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv, adapters)
+            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv)
             pdl = self._pdl and len(tokens) <= DEPENDENT_TOKENS
             attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
-            self._add(hidden, attended, layer.o, adapters)
+            self._add(hidden, attended, layer.o)
             if isinstance(layer.mlp, Mixture):
                 self._mixtures[number].add_to(hidden, layer.mlp_norm.weight, self._eps, live, pdl=pdl)
             else:
-                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, adapters, swiglu=True)
-                self._add(hidden, gated, layer.mlp.down, adapters)
+                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
+                self._add(hidden, gated, layer.mlp.down)
         head = self._outer.head
         return head.mask(self._of_norm(hidden, self._outer.norm.weight, head.linear))
 
-    def _of_norm(
-        self, hidden: Tensor, norm: Tensor, linear: Linear, adapters: StepAdapters | None = None, swiglu: bool = False
-    ) -> Tensor:  # fmt: skip
+    def _of_norm(self, hidden: Tensor, norm: Tensor, linear: Linear, swiglu: bool = False) -> Tensor:
         """The product of the norm of hidden [tokens, hidden], through SwiGLU if asked for."""
-        beside = self._beside(linear, adapters)
-        config = self._choose(linear, hidden, beside, swiglu)
+        config = self._choose(linear, hidden, swiglu)
         if config is not None:
-            return self._product(hidden, linear, config, beside, norm_weight=norm, eps=self._eps, swiglu=swiglu)
-        product = linear(rms_norm(hidden, norm, self._eps), adapters)
+            return self._product(hidden, linear, config, norm_weight=norm, eps=self._eps, swiglu=swiglu)
+        product = linear(rms_norm(hidden, norm, self._eps))
         return silu_mul(product) if swiglu else product
 
-    def _add(self, hidden: Tensor, x: Tensor, linear: Linear, adapters: StepAdapters | None) -> None:
+    def _add(self, hidden: Tensor, x: Tensor, linear: Linear) -> None:
         """Adds the product of x [tokens, its width] to hidden [tokens, hidden]."""
-        beside = self._beside(linear, adapters)
-        config = self._choose(linear, x, beside)
+        config = self._choose(linear, x)
         if config is not None:
-            self._product(x, linear, config, beside, residual=hidden)
+            self._product(x, linear, config, residual=hidden)
         else:
-            hidden += linear(x, adapters)
+            hidden += linear(x)
 
-    def _beside(self, linear: Linear, adapters: StepAdapters | None) -> LowRank | None:
-        """What a product of ours adds of the tokens' adapters."""
-        return adapters.beside(linear.lora) if isinstance(adapters, DeviceRows) and linear.lora is not None else None
-
-    def _choose(self, linear: Linear, x: Tensor, beside: LowRank | None, swiglu: bool = False) -> Tiling | None:
+    def _choose(self, linear: Linear, x: Tensor, swiglu: bool = False) -> Tiling | None:
         rows = linear.out_features // 2 if swiglu else linear.out_features
         bits = 16 if linear.reduced is None else linear.reduced.bits
-        if beside is not None:
-            return choose_adapted(rows, x.shape[1], len(x), x.dtype, beside.parts, swiglu, bits)
         return choose(rows, x.shape[1], len(x), x.dtype, swiglu, bits)
 
-    def _product(self, x: Tensor, linear: Linear, config: Tiling, beside: LowRank | None, **parts: Any) -> Tensor:
-        """beside: of the tokens' adapters. parts: what else of `matvec` is fused with it."""
+    def _product(self, x: Tensor, linear: Linear, config: Tiling, **parts: Any) -> Tensor:
+        """parts: what else of `matvec` is fused with it."""
         weight = linear.operand
         small = weight.nbytes <= SMALL_WEIGHT_BYTES and len(x) <= DEPENDENT_TOKENS
         return matvec(
-            x, weight, bias=linear.bias, pdl=self._pdl and (small or beside is not None), counters=self._counters,
-            config=config, low_rank=beside, **parts,
+            x, weight, bias=linear.bias, pdl=self._pdl and small, counters=self._counters, config=config, **parts
         )  # fmt: skip
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

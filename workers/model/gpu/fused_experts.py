@@ -12,8 +12,9 @@ from workers.kernels.experts.gating import Clamp
 from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
 from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stream import few_down, few_up, most_tokens
-from workers.kernels.products.matvec import MAX_TOKENS, matvec
-from workers.kernels.products.matvec import choose as choose_tiling
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS
+from workers.kernels.products.tilings import choose as choose_tiling
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.norm import rms_norm
 from workers.model.layers.experts import Mixture

@@ -57,7 +57,7 @@ class AdapterSlots:
                 rows = slice(share.start, share.start + share.length) if share.rows else slice(None)
                 down = opened.get_slice(linear.a)[:, columns].to(a.dtype)
                 up = _scaled(linear, opened.get_slice(linear.b)[rows], b.dtype).to(b.dtype)
-                if not (down.isfinite().all() and up.isfinite().all()):  # kernels hide an adapter from others by zeros
+                if not (down.isfinite().all() and up.isfinite().all()):  # nothing but NaN could come of them
                     where = f"{linear.projection} of layer {linear.layer}"
                     raise ValueError(f"{where} holds numbers that are not finite in {a.dtype}")
                 a[: linear.rank].copy_(down)

@@ -6,7 +6,7 @@ from llguidance import LLTokenizer
 
 from deploy.doors.dialects.tools.formats import validate
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import GrammarError, load_tokenizer
 
@@ -23,11 +23,9 @@ class Grammars:
         self._tokenizer: asyncio.Task[LLTokenizer] | None = None
         self._valid: dict[tuple[str, Grammar], tuple[str, ...]] = {}  # and what of it is not enforced
 
-    async def check(self, grammar: Grammar | None, param: str, account: str) -> tuple[str, ...]:
+    async def check(self, grammar: Grammar, param: str, account: str) -> tuple[str, ...]:
         """Returns what of it is not enforced. param: the field that the grammar is made of. account: of who sends it. Errors:
         RequestError UNPROCESSABLE."""
-        if grammar is None:
-            return ()
         if (known := self._valid.get((account, grammar))) is not None:
             return known
         unenforced = await asyncio.to_thread(validate, grammar, await self._loaded(), param)

@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 from deploy.doors.dialects.reasoning.reasoning import Thinking
 from deploy.doors.openai.answers.logprobs import Entry
 from deploy.doors.openai.answers.records import CompletionTokens, PromptTokens, Usage
-from deploy.doors.openai.schemas import StreamOptions
+from deploy.doors.openai.requests.schemas import StreamOptions
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.text.prompts import Prompt
 from scheduler.protocol.messages import NO_MISSES

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from deploy.doors.openai.responses.conversing import type_of
-from deploy.doors.openai.responses.records import ItemList
-from deploy.doors.openai.responses.schemas import Item
-from deploy.doors.openai.responses.storing import Turn
-from deploy.doors.openai.unknown import shortened
+from deploy.doors.openai.requests.unknown import shortened
+from deploy.doors.openai.responses.asking.conversing import type_of
+from deploy.doors.openai.responses.asking.schemas import Item
+from deploy.doors.openai.responses.store.storing import Turn
+from deploy.doors.openai.responses.telling.records import ItemList
 from deploy.frontend.errors import RequestError
 
 PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}

@@ -17,22 +17,22 @@ import msgspec
 
 from deploy.doors.access import Caller
 from deploy.doors.openai.answers.logprobs import TokenNames
-from deploy.doors.openai.chat import Chat
-from deploy.doors.openai.endpoint import Accepted
-from deploy.doors.openai.reading import check_model, check_refused
-from deploy.doors.openai.responses.asking import called_here, chat_request, items_of, said_here
-from deploy.doors.openai.responses.events import Event, name_of
+from deploy.doors.openai.generation.chat import Chat
+from deploy.doors.openai.generation.endpoint import Accepted
+from deploy.doors.openai.requests.reading import check_model, check_refused
+from deploy.doors.openai.requests.schemas import ChatRequest
+from deploy.doors.openai.requests.unknown import shortened
+from deploy.doors.openai.responses.asking.asking import called_here, chat_request, items_of, said_here
+from deploy.doors.openai.responses.asking.schemas import Item, ResponseRequest
 from deploy.doors.openai.responses.listing import MOST_LISTED, Order, conversation, input_of, listed, page
-from deploy.doors.openai.responses.records import Deleted, ItemList, Response
-from deploy.doors.openai.responses.schemas import Item, ResponseRequest
-from deploy.doors.openai.responses.storing import ResponseStore, Turn
-from deploy.doors.openai.responses.telling import ResponseTelling
-from deploy.doors.openai.schemas import ChatRequest
+from deploy.doors.openai.responses.store.storing import ResponseStore, Turn
+from deploy.doors.openai.responses.telling.events import Event, name_of
+from deploy.doors.openai.responses.telling.records import Deleted, ItemList, Response
+from deploy.doors.openai.responses.telling.telling import ResponseTelling
 from deploy.doors.openai.streams.sse import event
-from deploy.doors.openai.unknown import shortened
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 
 NOT_KEPT = "this response is not kept: nobody can go on from it by its id"
 
@@ -88,11 +88,9 @@ class Responses:
     async def told(self, begun: Begun, caller: Caller) -> AsyncGenerator[list[Event], None]:
         """What is new, until the output has ended. Log-probabilities are held to the end, which the last events repeat. Errors:
         RequestError."""
-        with self._service.logprobs.account() as account:
-            async with aclosing(self._chat.deltas(begun.accepted.prompts, caller)) as deltas:
-                async for _, delta in deltas:
-                    account.add(delta.logprobs, "logprobs")
-                    yield begun.telling.push(delta)
+        async with aclosing(self._chat.deltas(begun.accepted.prompts, caller, gathered=True)) as deltas:
+            async for _, delta in deltas:
+                yield begun.telling.push(delta)
 
     async def kept(self, request: ResponseRequest, begun: Begun, caller: Caller) -> Response:
         """The whole response, which is kept if it shall be, and can."""

@@ -5,11 +5,11 @@ from fastapi import APIRouter, Request, Response
 from deploy.config.serve import ServeConfig
 from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.exchanging import json_response, read_request, whole_answer
+from deploy.doors.openai.responses.asking.schemas import ResponseRequest
 from deploy.doors.openai.responses.listing import Order
-from deploy.doors.openai.responses.records import Deleted, ItemList
-from deploy.doors.openai.responses.records import Response as ResponseRecord
 from deploy.doors.openai.responses.responses import Responses
-from deploy.doors.openai.responses.schemas import ResponseRequest
+from deploy.doors.openai.responses.telling.records import Deleted, ItemList
+from deploy.doors.openai.responses.telling.records import Response as ResponseRecord
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
 from deploy.doors.openai.streams.sse import EventStream
 from deploy.frontend.errors import RequestError

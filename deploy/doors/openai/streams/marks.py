@@ -17,8 +17,8 @@ from dataclasses import replace
 import msgspec
 import xxhash
 
-from deploy.frontend.choice import Told
 from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.generation.choice import Told
 from deploy.frontend.outputs import ChoiceDelta
 from deploy.text.prompts import Prompt
 from scheduler.protocol.sampling import InvalidField

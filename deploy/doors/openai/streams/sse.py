@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deploy.doors.openai.errors import error_body
+from deploy.doors.openai.exchanging import ClientGone, unless_gone
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 
@@ -22,8 +22,6 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 PING_S = 15.0
 """Proxies end connections on which nothing has come for a minute, many of them."""
-
-T = TypeVar("T")
 
 _encoder = msgspec.json.Encoder()
 
@@ -108,32 +106,3 @@ class EventStream(Response):
             if pinging is not None:
                 pinging.cancel()
                 await asyncio.gather(pinging, return_exceptions=True)
-
-
-class ClientGone(RequestError):
-    """Nobody waits for the response any more."""
-
-    def __init__(self) -> None:
-        super().__init__(Fault.CANCELLED, "the client went away")
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled, and has ended, once the client has gone. The body must have been read.
-
-    Errors: ClientGone, and whatever `work` raises.
-    """
-    task, watch = asyncio.create_task(work), asyncio.create_task(_gone(receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for each in (task, watch):
-            each.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -117,7 +117,7 @@ def of(tokenizer: Tokenizer, name: str = "auto", /, **template_kwargs: bool) -> 
     chosen = ReasoningFormat.of(tokenizer, name)
     if chosen is None:
         return None
-    return chosen.thinking(tokenizer.encode(tokenizer.chat_text([USER], None, template_kwargs), around=False))
+    return chosen.thinking(tokenizer.encode(tokenizer.template.rendered([USER], None, template_kwargs), around=False))
 
 
 def thinking_of(folder: Path, **template_kwargs: bool) -> Thinking:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from deploy.doors.dialects.tools.families.known import TOOL_FORMATS
-from deploy.text.prompts import Content, Conversation, ModelLimits, PromptError, PromptParser
-from deploy.text.sources import read_source
+from deploy.doors.python.sources import read_source
+from deploy.text.content import Content, Conversation, PromptError
+from deploy.text.prompts import ModelLimits, PromptParser
 from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, TOOL_MARKS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS, MAX_TOKENS
 from tests.deploy.doors.dialects.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
@@ -104,7 +105,7 @@ def test_arguments_are_text_to_a_template_that_joins_them(make_checkpoint: MakeC
     for given in ({"a": ["é"]}, '{"a": ["é"]}'):
         content, *_ = read_source({"messages": [USER, called(given)]})
         assert tokenizer.decode(ids_of(tokenizer, content)).endswith('get<｜tool▁sep｜>{"a": ["é"]}')
-    assert tokenizer.chat_text([USER, called('{"a')]).endswith('<｜tool▁sep｜>{"a')
+    assert tokenizer.template.rendered([USER, called('{"a')]).endswith('<｜tool▁sep｜>{"a')
 
 
 def test_a_template_from_a_file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -132,13 +133,13 @@ def test_a_conversation_is_written_once(qwen: Tokenizer, monkeypatch: pytest.Mon
     conversation = Conversation([USER], tools=[TOOL])
     ids_of(qwen, conversation)  # the first with tools asks whether the template shows any
     written: list[object] = []
-    render = qwen._template._render
+    render = qwen.template._render
 
     def watch(*given: Any) -> str:
         written.append(given)
         return render(*given)
 
-    monkeypatch.setattr(qwen._template, "_render", watch)
+    monkeypatch.setattr(qwen.template, "_render", watch)
     ids_of(qwen, conversation)
     assert written == [([USER], [TOOL], {})]
 

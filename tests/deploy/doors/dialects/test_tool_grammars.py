@@ -46,6 +46,7 @@ def offered(family: str, folder: Path, choice: Any, parallel: bool = True) -> To
     return tools
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("family", TOOL_FORMATS)
 def test_a_forced_call_follows_the_syntax_of_the_family(family: str, folders: dict[str, Path]) -> None:
     folder, words = folders[family], vocabulary(folders[family])

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 
 BLOCK_SIZE = 16

@@ -13,7 +13,8 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor, start_server
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from tests.deploy.doors.grpc.calls import BLOCK_SIZE, consumed, until

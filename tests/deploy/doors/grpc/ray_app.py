@@ -23,7 +23,8 @@ from deploy.doors.grpc.ingress import GrpcIngress
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 
 APP, DEPLOYMENT, KEY = "manta", "Door", "secret"
 FULL = "full"

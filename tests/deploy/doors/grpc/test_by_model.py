@@ -11,8 +11,9 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor
-from deploy.frontend.further import FurtherModel, FurtherModels
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.models.further import FurtherModel, FurtherModels
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from tests.deploy.doors.grpc.calls import until
 from tests.deploy.doors.grpc.conftest import Connect

@@ -12,7 +12,7 @@ from grpc import StatusCode as Code
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from tests.deploy.doors.grpc.calls import consumed, endless, text
 from tests.deploy.doors.grpc.conftest import Connect

@@ -9,7 +9,7 @@ import pytest
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from tests.deploy.doors.grpc.calls import all_is_free, consumed, endless, until
 from tests.deploy.doors.grpc.conftest import Connect

@@ -12,7 +12,7 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys, account
 from deploy.doors.grpc.server import STATUS, GrpcDoor, start_server
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.text.prompts import Prompt
 from tests.deploy.doors.grpc.calls import PROMPT, consumed, ids, text

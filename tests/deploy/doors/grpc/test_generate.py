@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deploy.doors.grpc.writing import merged
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.doors.grpc.calls import BLOCK_SIZE, PROMPT, ids, text

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from tests.deploy.doors.grpc.conftest import Connect
 
 Answer = Callable[[Awaitable[Any]], Any]

@@ -9,7 +9,7 @@ import pytest
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys, account
 from deploy.doors.grpc.server import GrpcDoor
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from tests.deploy.doors.grpc.calls import consumed, endless, text
 from tests.deploy.doors.grpc.conftest import Connect

@@ -19,9 +19,9 @@ from deploy.doors.grpc.writing import merged
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from tests.deploy.doors.grpc.calls import consumed, endless, text, until
-from tests.ports import free_ports
+from tests.shared.ports import free_ports
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[4]
 KEY = [("authorization", "Bearer secret")]

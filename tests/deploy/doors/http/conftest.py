@@ -21,11 +21,12 @@ from deploy.config.load import EMBEDDED_MODEL, bound_openmp_spin
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.connections import bounded_protocol
-from deploy.doors.http import create_app
-from deploy.doors.openai.responses.storing import ResponseStore
-from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import Cluster, ServedModel, Service
+from deploy.doors.http.app import create_app
+from deploy.doors.openai.responses.store.storing import ResponseStore
+from deploy.frontend.clusters import Cluster, LocalCluster
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE

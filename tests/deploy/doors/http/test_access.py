@@ -9,7 +9,7 @@ import pytest
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, ScriptedCluster
 from tests.deploy.doors.http.test_errors import error_of
 from tests.deploy.frontend.fake_engine import FakeEngine

@@ -16,11 +16,12 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.admin import admin_routes
-from deploy.doors.http import create_app
+from deploy.doors.http.app import create_app
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.further import ModelState
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.models.further import ModelState
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from manta.commands import app
 
 ONLY = 7

@@ -13,8 +13,9 @@ import pytest
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
-from deploy.frontend.further import FurtherModel, FurtherModels
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.models.further import FurtherModel, FurtherModels
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import PATIENCE_S, Host, ScriptedCluster, until
 from tests.deploy.frontend.fake_engine import FakeEngine
 

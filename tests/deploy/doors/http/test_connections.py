@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 
 from deploy.config.load import UNCOUNTED, choose_proxy, connection_bounds
 from deploy.config.serve import ServeConfig
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host
 
 SOON_S = 0.5
@@ -79,6 +79,7 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(impatient: str, drip: byt
     assert b"body did not arrive within 0.5 s" in said
 
 
+@pytest.mark.slow
 def test_who_is_quick_takes_its_time_between_requests(host: Host, service: Service) -> None:
     """And an answer may take longer than its request."""
     url = host.serve(service, ServeConfig(receive_timeout_s=2 * SOON_S))  # time to be quick, on busy cores too

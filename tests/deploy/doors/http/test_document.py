@@ -31,8 +31,7 @@ from deploy.doors.anthropic.schemas import (
     PromptRequest,
     ToolParam,
 )
-from deploy.doors.openai.responses.schemas import Item, ResponseRequest
-from deploy.doors.openai.schemas import (
+from deploy.doors.openai.requests.schemas import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -42,7 +41,8 @@ from deploy.doors.openai.schemas import (
     SampledRequest,
     ScoreRequest,
 )
-from deploy.text.messages import Message
+from deploy.doors.openai.responses.asking.schemas import Item, ResponseRequest
+from deploy.text.content import Message
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[3] / "docs" / "api.md"
@@ -224,7 +224,8 @@ def test_what_responses_share_with_chat_is_said(tables: dict[str, dict[str, Row]
 
 
 def test_every_row_has_a_test_that_exists(tables: dict[str, dict[str, Row]]) -> None:
-    tests = {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    texts = (file.read_text() for file in HERE.rglob("test_*.py"))
+    tests = {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
     named = {test for rows in tables.values() for _, test in rows.values()}
     assert named <= tests
 

@@ -8,7 +8,8 @@ import pytest
 from deploy.config.load import EMBEDDED_MODEL, engine_config
 from deploy.config.serve import ServeConfig
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import MODEL, Host
 
 HELLO = [{"role": "user", "content": "Say hello."}]

@@ -16,13 +16,14 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.dialects.tools.grammars import Grammars
-from deploy.doors.entrance import plain
-from deploy.doors.http import create_app
-from deploy.doors.openai.responses.storing import OwnResponses, bounds_of
+from deploy.doors.http.app import create_app
+from deploy.doors.http.entrance import plain
+from deploy.doors.openai.responses.store.storing import OwnResponses, bounds_of
 from deploy.doors.openai.routes import model_routes, openai_routes
-from deploy.frontend import service as service_module
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service import service as service_module
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status import status_routes
 from deploy.text.tokenizer import Tokenizer
 from scheduler.server.stats import ClusterStatus

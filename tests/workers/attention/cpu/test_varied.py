@@ -66,6 +66,7 @@ def fill(pool: KVPool, step: StepInput, layer: int, states: list[tuple[Tensor, T
             place[1, : shape.kv_heads * shape.value_dim] = values[position].flatten() / value_scale
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("kept", ["float64", FP8])
 @pytest.mark.parametrize("block", [16, 256])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

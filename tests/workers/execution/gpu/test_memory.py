@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvcache.layout import BlockLayout
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending
@@ -48,6 +48,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
     return replace(CONFIG, model=str(make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **sizes)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("max_model_len", "written"), [(64, [16, 16, 8]), (25, [16, 8, 16])])
 def test_the_largest_step_fills_the_budget(
     config: WorkerConfig, max_model_len: int, written: list[int], monkeypatch: pytest.MonkeyPatch
@@ -116,6 +117,7 @@ class FakeRunner:
         self._device.graphs = 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_gpu_keeps_what_steps_graphs_and_others_need(
     config: WorkerConfig, graphs: bool, monkeypatch: pytest.MonkeyPatch

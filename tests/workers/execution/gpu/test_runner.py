@@ -14,9 +14,9 @@ import torch
 from benchmarks.models.zoo import make
 from scheduler.protocol.messages import FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
-from tests.adapters import make_adapter
-from tests.checkpoints import make_checkpoint
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.adapters import make_adapter
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
 from tests.workers.stepping import Stepped, Work
 from workers.attention.forms import Form
@@ -103,6 +103,7 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool | int) -> 
                    **options)  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("kind", "implementation", "kv_dtype"),
@@ -190,6 +191,7 @@ def test_what_sums_through_the_ranks_memory_gives_the_same_tokens(checkpoint: Pa
     assert [lease.tokens for lease in ours] == [lease.tokens for lease in leases]
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("kind", "implementation"),

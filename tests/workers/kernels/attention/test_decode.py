@@ -78,6 +78,7 @@ def ragged(block: int, kv_heads: int, group: int, head_dim: int, dtype: str, dev
     return make_problem(make_step([1] * len(contexts), contexts, block), layout, heads=kv_heads * group, device=device)
 
 
+@pytest.mark.few
 @every_attention_dtype
 @pytest.mark.parametrize("block", [16, 64, 256])
 def test_ragged_rows_over_block_borders(dtype: str, device: str, block: int) -> None:
@@ -95,6 +96,7 @@ def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
 SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens are cut
 
 
+@pytest.mark.few(3)
 @one_attention_dtype
 @pytest.mark.parametrize(
     "config",
@@ -112,6 +114,7 @@ def test_every_way_to_cut_and_compute(dtype: str, device: str, config: DecodeCon
         check(problem, decode(problem, config, width=5, padding=4))
 
 
+@pytest.mark.few(1)
 @one_attention_dtype
 def test_one_long_row_beside_short_ones_and_padding(dtype: str, device: str) -> None:
     layout = BlockLayout(block_size=64, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
@@ -144,6 +147,7 @@ def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -
     torch.testing.assert_close(by_kernel, first, atol=2e-3, rtol=0)
 
 
+@pytest.mark.few
 @one_attention_dtype
 @pytest.mark.parametrize("group", [2, 4, 7])
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "kernel"])

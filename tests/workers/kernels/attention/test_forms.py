@@ -69,6 +69,7 @@ def layout(block: int, dtype: str, kv_heads: int = 1, head_dim: int = 32, layers
     return BlockLayout(block_size=block, layers=layers, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
 
 
+@pytest.mark.few
 @dtype_and_device
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "kernel"])
 @every_form
@@ -81,6 +82,7 @@ def test_decodes(dtype: str, device: str, form: Form, atomic: bool) -> None:
         check(problem, decode(problem, replace(SHORT, atomic=atomic)))
 
 
+@pytest.mark.few
 @dtype_and_device
 @pytest.mark.parametrize("block", BLOCKS)
 @every_form
@@ -97,6 +99,7 @@ def test_chunks(dtype: str, device: str, form: Form, block: int) -> None:
     check(problem, out)
 
 
+@pytest.mark.few
 @dtype_and_device
 @pytest.mark.parametrize(("name", "layers"), [("cap", 2), ("sinks", 2), ("window-over-blocks", 2), ("window-over-blocks", 1)])
 def test_rows_that_share_a_prefix(dtype: str, device: str, name: str, layers: int) -> None:

@@ -36,6 +36,7 @@ def _sets(device: str) -> SharedPrefixes:
     return SharedPrefixes(tokens, sets, members)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(("dtype", "device"), attention_cases("float32", "bfloat16"))
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "norm"), [(4, 2, 64, True), (3, 1, 24, False), (2, 2, 128, True)])
 @pytest.mark.parametrize("config", [SHORT, replace(SHORT, atomic=False), DecodeConfig()], ids=["cut", "apart", "default"])

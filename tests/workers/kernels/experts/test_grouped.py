@@ -40,6 +40,7 @@ def _close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert float((got.double() - exact).norm() / exact.norm()) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bias", "clamped"), [(False, False), (True, True), (True, False)])
@@ -72,6 +73,7 @@ def test_the_fixed_choice(device: str) -> None:
         _close(_run(x, weights, routing, tiling=None), weights.exact_mixture(x, chosen, shares, range(EXPERTS)), dtype)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("clamped", [False, True])
 @pytest.mark.parametrize(("tokens", "width", "hidden", "resident"), [(40, 24, 40, False), (70, 64, 128, True)])

@@ -37,6 +37,7 @@ def _same_choice(choice: Choice, load: Tensor, scores: Tensor, rule: Rule, live:
         torch.testing.assert_close(choice.gates, alone.gates, rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bias", "clamped"), [(False, False), (True, True)])
@@ -53,6 +54,7 @@ def test_a_mixture(
     assert float((x.double() - exact).norm() / exact.norm()) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("of_all", "normalized"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize(("experts", "top"), [(128, 8), (60, 4)])
@@ -73,6 +75,7 @@ def test_products_choose_as_a_choice_by_itself(device: str, of_all: bool, normal
     assert float((x[live].double() - exact[live]).norm() / exact[live].norm()) < 2 * TOLERANCE[torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("unrolled", [4, 8])
 def test_turns_one_after_another_or_in_a_loop(device: str, unrolled: int) -> None:

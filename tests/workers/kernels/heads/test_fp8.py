@@ -64,6 +64,7 @@ def turn_of(dtype: torch.dtype, device: str, norm: bool) -> HeadTurn:
     return HeadTurn(q_weight, k_weight, 1e-6, rotary.table)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "norm"), [(3, True), (17, False)])
@@ -84,6 +85,7 @@ def test_norms_rotation_and_write(device: str, dtype: torch.dtype, tokens: int, 
     require_rounded(narrow, wide)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(("dtype", "device"), attention_cases("float32", "float16", "bfloat16"))
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("config", [SHORT, replace(SHORT, atomic=False), None], ids=["cut", "apart", "default"])
@@ -205,6 +207,7 @@ def test_queries_near_the_limits_of_float16(dtype: str, device: str, asked: floa
     torch.testing.assert_close(out.cpu().double(), problem.expected, atol=6 * ATTENTION_TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(("dtype", "device"), IN_FLOAT16)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("head_dim", [16, 48])

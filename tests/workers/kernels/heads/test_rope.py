@@ -23,6 +23,7 @@ def _expected(heads: Tensor, weight: Tensor | None, rotary: Rotary, positions: T
     return rotary.turn(wide, Turns(turns.cos.double(), turns.sin.double()))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, poisoned
 from workers.kernels.products.many import product, rounds
-from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, Tiling, choose
 from workers.kernels.reduced import Reduced
 from workers.kernels.rows.norm import rounded_norm
 from workers.kernels.rows.rounding import rounded
@@ -35,6 +36,7 @@ def made(form: str, rows: int, device: str, columns: int = K) -> Reduced:
     return weight.filled()
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", GROUPS)
 @pytest.mark.parametrize("name", CONFIGS)

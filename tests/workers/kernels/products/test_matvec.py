@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, DTYPES, apart, close, exact_norm, gpu, poisoned
-from workers.kernels.products.matvec import MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, STREAM_TOKENS, Tiling, choose
 
 EPS = 1e-6
 CONFIGS = {
@@ -28,6 +29,7 @@ def _exact(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, 
     return F.silu(gate) * up
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)

@@ -126,6 +126,7 @@ def received(pipe: Any) -> Any:
     return pipe.recv()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("size", "first"), [(2, 0), (3, 2**31 - 5)])
 def test_every_rank_has_the_sum_in_rank_order_and_what_follows_it(size: int, first: int, run: Run) -> None:
     """The second time with turns that run over the largest number."""
@@ -146,6 +147,7 @@ def test_every_rank_has_the_sum_in_rank_order_and_what_follows_it(size: int, fir
                 assert (error <= TRUNCATED.get(right.dtype, 0.0) * (right.float().abs() + SUMMED)).all()
 
 
+@pytest.mark.slow
 def test_who_is_told_to_waits_no_more_for_a_rank_that_does_not_come(run: Run) -> None:
     pipes, memories, processes = run(2, _wait_for_nobody)
     assert received(pipes[0]) == "here"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.models.zoo import make
 from kvcache.layout import KVScales
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.process.test_build import CONFIG, RESOLVED
 from workers.model.checkpoint.kv_scales import read_scales
 from workers.model.config.fields import CheckpointError

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import generate_reference, make_checkpoint
+from tests.shared.checkpoints import generate_reference, make_checkpoint
 from tests.workers.decoding import CPU, Ranks
 from workers.model.checkpoint.weights import Checkpoint, Piece, Stored
 from workers.model.config.architectures import read_config

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.quantising import AWQ, FORMATS, FP8, GPTQ, compressed, of_floats, of_ints
+from tests.shared.quantising import AWQ, FORMATS, FP8, GPTQ, compressed, of_floats, of_ints
 from workers.model.config.fields import CheckpointError, Fields
 from workers.model.config.quantization import Scheme, WeightForm, read_scheme
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from tests.checkpoints import LLAMA3_ROPE, generate_reference, make_checkpoint
+from tests.shared.checkpoints import LLAMA3_ROPE, generate_reference, make_checkpoint
 from tests.workers.decoding import Ranks
 from workers.model.config.architectures import read_config
 from workers.model.layers.rotary import Rotary

@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.models.zoo import make
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from tests.checkpoints import make_checkpoint
-from tests.quantising import FORMATS, FP8, Format, fp8, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import FORMATS, FP8, Format, fp8, quantise
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from workers.attention.cpu.plain import CpuAttention
 from workers.attention.select import select_backend
@@ -88,6 +88,7 @@ FEW: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "whose"), [("llama", "ours"), ("llama", "the library's"), ("gpt_oss", "ours")])
 def test_steps_of_few_tokens_choose_whose_product_each_is(
     family: str, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,8 +97,8 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(
         monkeypatch.setattr("workers.model.gpu.fused.choose", lambda *_: None)
     path = make(family, tmp_path, num_hidden_layers=1, vocab_size=37, hidden_size=32, intermediate_size=48, **FEW[family])
     if DEVICE.type == "cpu":
-        for module in ("layers", "experts"):
-            monkeypatch.setattr(f"workers.model.{module}.can_pack", lambda *_: False)
+        for module in ("linear", "experts"):
+            monkeypatch.setattr(f"workers.model.layers.{module}.can_pack", lambda *_: False)
     few, many = Fused(path, torch.float32), Fused(path, torch.float32)
     if DEVICE.type == "cpu":
         few.fused._few_tokens = SEQUENCES
@@ -109,6 +110,7 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("variant", "dtype"), [*((name, torch.float32) for name in VARIANTS), ("qwen3", torch.bfloat16)])
 def test_it_equals_the_plain_decoder(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     architecture, fields = VARIANTS[variant]
@@ -138,6 +140,7 @@ def test_a_step_that_wants_no_logits_writes_all_its_keys_and_values(tmp_path: Pa
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there the library says what it takes")
 @pytest.mark.parametrize(
     "stored",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.zoo import make
-from tests.quantising import AWQ, FORMATS, FP8, MXFP4, Format, awq, fp8, is_quantised, is_stack, quantise
+from tests.shared.quantising import AWQ, FORMATS, FP8, MXFP4, Format, awq, fp8, is_quantised, is_stack, quantise
 from workers.config import ReadingConfig
 from workers.kernels.experts.stacked import Stacked
 from workers.model.config.architectures import ModelConfig

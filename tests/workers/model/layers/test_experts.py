@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from benchmarks.models.zoo import VOCAB, make
-from tests.checkpoints import generate_reference, load_reference
+from tests.shared.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks, make_step
 from workers.attention.forms import Form
 from workers.config import ReadingConfig
@@ -55,13 +55,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def plain_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU experts keep their plain numbers, which the kernels read."""
     if DEVICE.type == "cpu":
-        for module in ("experts", "layers"):
-            monkeypatch.setattr(f"workers.model.{module}.can_pack", lambda *_: False)
+        for module in ("experts", "linear"):
+            monkeypatch.setattr(f"workers.model.layers.{module}.can_pack", lambda *_: False)
 
 
 # ---- whole models
 
 
+@pytest.mark.few(3)
 def test_greedy_tokens_equal_transformers(checkpoint: Path) -> None:
     expected = generate_reference(checkpoint, PROMPT, 30)
     assert len(set(expected)) > 8, "the model does not repeat itself"
@@ -98,6 +99,7 @@ def test_old_spelling_of_the_number_of_experts(tmp_path: Path) -> None:
 # ---- as a GPU runs them
 
 
+@pytest.mark.few
 @pytest.mark.usefixtures("plain_experts")
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -> None:
@@ -115,6 +117,7 @@ def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -
     assert int(plain.load.sum()) == tokens * mixture.config.per_token
 
 
+@pytest.mark.few
 @pytest.mark.usefixtures("plain_experts")
 @pytest.mark.parametrize("tokens", [1, 3, 11])
 def test_it_adds_the_experts_of_the_norm(checkpoint: Path, tokens: int) -> None:

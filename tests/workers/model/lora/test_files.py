@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.adapters import make_adapter
-from tests.checkpoints import make_checkpoint
+from tests.shared.adapters import make_adapter
+from tests.shared.checkpoints import make_checkpoint
 from workers.model.config.architectures import ModelConfig, read_config
 from workers.model.config.fields import CheckpointError
 from workers.model.lora.files import CONFIG, TENSORS, read_adapter

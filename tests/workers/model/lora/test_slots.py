@@ -1,4 +1,4 @@
-"""What a rank keeps of adapters: numbers that are not finite are refused, since zeros hide one adapter from another's rows."""
+"""What a rank keeps of adapters: numbers that are not finite are refused."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.adapters import make_adapter
-from tests.checkpoints import make_checkpoint
+from tests.shared.adapters import make_adapter
+from tests.shared.checkpoints import make_checkpoint
 from workers.kernels.lora.weights import LoraWeights
 from workers.model.config.architectures import read_config
 from workers.model.decoder import load_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.checkpoints import generate_reference, make_checkpoint
-from tests.quantising import FORMATS, is_quantised, quantise
+from tests.shared.checkpoints import generate_reference, make_checkpoint
+from tests.shared.quantising import FORMATS, is_quantised, quantise
 from tests.workers.decoding import Ranks
 from workers.model.checkpoint import weights
 from workers.model.checkpoint.weights import Checkpoint, Piece
@@ -44,6 +44,7 @@ def test_parts_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                     assert torch.equal(target, part), (each, dim, start, stop)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", FORMATS)
 def test_served_by_one_rank_and_by_two(name: str, tmp_path: Path) -> None:
     plain, quantised = both(tmp_path, name)

@@ -9,13 +9,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.checkpoints import make_checkpoint
-from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, compressed, fp8, gptq, of_floats, of_ints, packed, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import (
+    AWQ,
+    FORMATS,
+    FP8,
+    GPTQ,
+    Format,
+    awq,
+    compressed,
+    fp8,
+    gptq,
+    of_floats,
+    of_ints,
+    packed,
+    quantise,
+)
 from tests.workers.decoding import SEQUENCES, make_step
 from tests.workers.model.gpu.test_fused import Fused
 from workers.config import ReadingConfig
-from workers.kernels.products import matvec
-from workers.kernels.products.matvec import Tiling
+from workers.kernels.products import tilings
+from workers.kernels.products.tilings import Tiling
 from workers.kernels.reduced import rounded_rows
 from workers.model import decoder
 from workers.model.config.architectures import ModelConfig
@@ -181,6 +195,7 @@ def test_a_plan_knows_the_bytes(name: str, tmp_path: Path, keeping: Callable[[bo
         assert footprint(config, 1, torch.float32, 16, keeps=keeps).weight_bytes == read[-1]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["fp8-block", "awq"])
 def test_fused_steps_read_what_is_kept(
     name: str, tmp_path: Path, keeping: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
@@ -199,7 +214,7 @@ def test_fused_steps_read_what_is_kept(
 
     def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
         chosen.append(bits)
-        return matvec.choose(n, k, tokens, dtype, swiglu, bits)
+        return tilings.choose(n, k, tokens, dtype, swiglu, bits)
 
     monkeypatch.setattr("workers.model.gpu.fused.choose", choose)
     kept.fused._few_tokens = SEQUENCES

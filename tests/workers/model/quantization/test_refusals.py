@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.models.zoo import make
-from tests.checkpoints import make_checkpoint
-from tests.quantising import FORMATS, MXFP4, is_stack, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import FORMATS, MXFP4, is_stack, quantise
 from tests.workers.decoding import Ranks
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.config.fields import CheckpointError

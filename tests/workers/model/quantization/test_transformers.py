@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.models.zoo import make
-from tests.checkpoints import load_reference
-from tests.quantising import FORMATS, MXFP4, Format, is_quantised, is_stack, quantise
+from tests.shared.checkpoints import load_reference
+from tests.shared.quantising import FORMATS, MXFP4, Format, is_quantised, is_stack, quantise
 from tests.workers.decoding import make_step
 from tests.workers.model.transformers.ranks import Ranks
 from workers.model.checkpoint.weights import Checkpoint, Piece

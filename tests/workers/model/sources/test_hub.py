@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.hub import Hub, hub_of, put_into_cache
+from tests.shared.hub import Hub, hub_of, put_into_cache
 from workers.config import GroupsConfig
 from workers.model.config.fields import CheckpointError
 from workers.model.sources.files import Need

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.servers import answering
+from tests.shared.servers import answering
 from tests.workers.model.sources.test_hub import FILES, SETTINGS, SHARDS
 from workers.config import GroupsConfig
 from workers.model.config.fields import CheckpointError

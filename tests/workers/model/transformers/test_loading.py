@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.core_model_loading import Split, Transpose, WeightConverter
 
 from benchmarks.models.zoo import SIZES, ZOO, make, sharpen
-from tests.checkpoints import generate_reference, load_reference
+from tests.shared.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks as NativeRanks
 from tests.workers.decoding import make_step
 from tests.workers.model.transformers.ranks import Ranks

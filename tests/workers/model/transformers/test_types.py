@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models.zoo import MORE, VOCAB, ZOO, make
-from tests.checkpoints import generate_reference
+from tests.shared.checkpoints import generate_reference
 from tests.workers.model.transformers.ranks import Ranks
 from workers.model.transformers.compared import COMPARED
 
@@ -22,6 +22,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.few(12)
 def test_greedy_tokens_equal_transformers(checkpoint: tuple[str, Path]) -> None:
     kind, path = checkpoint
     expected = [generate_reference(path, prompt, NEW_TOKENS) for prompt in PROMPTS]

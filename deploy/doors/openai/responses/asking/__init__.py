@@ -1,0 +1,1 @@
+"""What may be asked of `/v1/responses`, and the chat that it comes to."""

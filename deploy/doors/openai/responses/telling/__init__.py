@@ -1,0 +1,1 @@
+"""How a response is told, whole or as events."""

@@ -1,0 +1,1 @@
+"""The models behind an endpoint beside its first, adapters included."""

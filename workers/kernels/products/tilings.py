@@ -1,0 +1,112 @@
+"""How products of few tokens are cut, by shape alone. What other cuts would give: `python -m benchmarks.kernels --sweep`.
+
+Imports torch, for dtypes, and triton, for its arithmetic.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
+FEWER_BITS_TOKENS = 2  # likewise
+MAX_TOKENS = 64
+MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
+FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
+SMALL_NUMBERS = 8 << 20  # of W
+LEAST_TILE_TOKENS = 8  # of the tensor cores' products
+DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 256
+LEAST_OF_FP8 = 512  # columns of a program
+FOUR_BIT_WARPS = 1600  # of all programs of `four_bit_tiles`
+LEAST_OF_FOUR_BITS = 64  # columns that `four_bit_tiles` takes at a time
+MAX_TILES = 1024  # of rows, where K is split among programs
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
+
+    rows: int  # of W that a program takes
+    columns: int  # of W that it takes at a time; `four_bit_tiles`: a span of them at most
+    warps: int
+    stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
+    parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
+    rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
+
+
+def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
+    """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
+
+    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
+    fewer bits, what these make likely.
+    """
+    if bits == 4 and dtype != torch.float32 and k % LEAST_OF_FOUR_BITS == 0:
+        return _four_bits(n, k, tokens, swiglu) if tokens <= MAX_TOKENS else None
+    small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
+    if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
+        return _streamed(n, k, tokens, dtype, swiglu, bits)
+    if bits == 8 and dtype == torch.bfloat16 and tokens <= MAX_TOKENS:
+        tile = Tiling(64, 128, 4, 3 if swiglu and tokens > MAX_TOKENS_OF_WIDE else 5, rounded=True)
+        return _among(n, k, tile, FP8_PROGRAMS, LEAST_OF_FP8)
+    return _sixteen_bits(n, k, tokens, dtype, swiglu) if bits != 4 else None
+
+
+def choose_ours(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int, split: bool) -> Tiling:
+    """The same among our own products alone. split: K may be split among programs."""
+    config = choose(n, k, tokens, dtype, swiglu, bits) or _streamed(n, k, tokens, dtype, swiglu, bits)
+    return config if split or config.parts <= 1 else replace(config, parts=1)
+
+
+def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling | None:
+    small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
+    if dtype == torch.float32 or tokens > MAX_TOKENS:
+        return None
+    if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
+        return _among(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
+    if tokens > MAX_TOKENS_OF_WIDE:
+        return None
+    if small:
+        return _among(n, k, Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
+    return _among(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
+
+
+def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
+    if swiglu:
+        tile = Tiling(64, 256, 4, 3)
+    elif n <= 2048:
+        tile = Tiling(32, 256, 2, 4)
+    elif tokens <= LEAST_TILE_TOKENS:
+        tile = Tiling(64, 512, 4, 3)
+    else:
+        tile = Tiling(64, 256, 4, 4) if tokens <= 32 else Tiling(128, 256, 8, 3)
+    return _among(n, k, replace(tile, columns=min(tile.columns, k & -k)), FOUR_BIT_WARPS // tile.warps)
+
+
+def _streamed(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
+    if bits < 16:
+        return _streamed_fewer_bits(n, k, tokens, n * k * (2 if swiglu else 1) <= SMALL_NUMBERS, bits)
+    if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
+        if n < 2048 and k % 2048 == 0:
+            return Tiling(4, 2048, 8)
+        if k <= 1024 and not swiglu:
+            return Tiling(4, 512, 2)
+        return Tiling(4, 512, 4) if k >= 8192 else Tiling(4, 1024, 4)
+    rows = 2 if n < 2048 or swiglu else 4
+    return Tiling(rows, min(1024, int(triton.next_power_of_2(k))), 4)
+
+
+def _streamed_fewer_bits(n: int, k: int, tokens: int, small: bool, bits: int) -> Tiling:
+    """A thread has sixteen bytes of each row at a time."""
+    of_warp = 32 * 16 * 8 // bits
+    warps = min(1 if small else 2 if bits == 8 and n > k else 4, max(1, (k & -k) // of_warp))
+    return Tiling(2 if small else 8 if tokens == 1 else 4, of_warp * warps, warps)
+
+
+def _among(n: int, k: int, tile: Tiling, programs: int, least: int = 0) -> Tiling | None:
+    """K among as many programs as make so many in all, and as divide it, each with `least` columns; None if one is too many."""
+    for parts in (8, 4, 2, 1):
+        tiles = triton.cdiv(n, tile.rows)
+        many = tiles * parts > min(programs, MAX_TILES) or k < least * parts
+        if (parts == 1 or not many) and k % (tile.columns * parts) == 0:
+            return replace(tile, parts=parts)
+    return None
