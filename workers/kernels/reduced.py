@@ -1,5 +1,5 @@
-"""What is multiplied in fewer bits than sums are made in: matrices in FP8 or four bits, with a scale for each row or group of
-columns, and activations in FP8, with a scale for each token or group of its columns.
+"""What is multiplied in fewer bits than sums are made in: matrices in FP8, four bits or MXFP4, with a scale for each row or
+group of columns, and activations in FP8, with a scale for each token or group of its columns.
 
 Imports torch.
 """
@@ -7,11 +7,19 @@ Imports torch.
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST_FP8 = 448.0
 BLOCK = 128  # rows and columns
 PADDING = 4  # tokens: the library takes multiples of so many
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What four bits mean in MXFP4: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, 1.0)."""
+
+FP4_BLOCK = 32  # columns that share a scale
+FP4_SPAN = 4 * FP4_BLOCK
+E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,10 @@ class Reduced:
         return self.bits == 8 and self.scales.shape[1] == 1
 
     @property
+    def kind(self) -> str:
+        return "fp8" if self.bits == 8 else "int4"
+
+    @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
@@ -78,10 +90,7 @@ class Reduced:
             return
         assert zeros is not None, "four bits have zero points"
         self.zeros.copy_(zeros)
-        self.values.zero_()
-        elements = self.values.view(len(codes), -1, self.span // 4)
-        for number, part in enumerate(codes.view(len(codes), -1, 4, self.span // 4).unbind(2)):
-            elements |= part.to(elements).bitwise_left_shift_(4 * number)
+        _pack(codes, self.values, self.span)
 
     def filled(self) -> "Reduced":
         """The same with `blocks`, where it turns out to be in such: kernels then read a scale once for 128 rows."""
@@ -102,10 +111,77 @@ class Reduced:
         if self.zeros is None:
             wide = self.values.float()
         else:
-            elements = self.values.view(len(self.values), -1, self.span // 4)
-            codes = torch.stack([elements >> 4 * number & 15 for number in range(4)], 2).flatten(1)
-            wide = codes.float() - self.zeros.float().repeat_interleave(self.group, 1)
+            wide = _codes(self.values, self.span).float() - self.zeros.float().repeat_interleave(self.group, 1)
         return wide.mul_(self.scales.float().repeat_interleave(self.group, 1)).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Microscaled:
+    """[rows, columns] in MXFP4. values: int16 [rows, padded / 4], codes as `Reduced` has them in spans of 128 columns, whose
+    quarters are the blocks that share a scale; scales: uint8 [rows, padded / 32], exponents of two more `E8M0_BIAS`. What is
+    behind the last column, as far as a span goes, is nought."""
+
+    values: Tensor
+    scales: Tensor
+    columns: int
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> "Microscaled":
+        """columns: a multiple of `FP4_BLOCK`."""
+        spans = -(-columns // FP4_SPAN)
+        values = torch.empty(rows, spans * FP4_SPAN // 4, dtype=torch.int16, device=device)
+        return cls(values, torch.empty(rows, 4 * spans, dtype=torch.uint8, device=device), columns)
+
+    @property
+    def kind(self) -> str:
+        return "mxfp4"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.columns
+
+    @property
+    def group(self) -> int:
+        return FP4_BLOCK
+
+    @property
+    def span(self) -> int:
+        return FP4_SPAN
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def rows(self, start: int, stop: int) -> "Microscaled":
+        """A part, of the same memory."""
+        return Microscaled(self.values[start:stop], self.scales[start:stop], self.columns)
+
+    def fill(self, codes: Tensor, scales: Tensor) -> None:
+        """codes: uint8 from 0 to 15, [rows, columns]. scales: uint8 [rows, columns / 32]."""
+        self.scales.zero_()
+        self.scales[:, : scales.shape[1]].copy_(scales)
+        _pack(F.pad(codes, (0, 4 * self.values.shape[1] - self.columns)), self.values, self.span)
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """What it stands for, [rows, columns]."""
+        codes = _codes(self.values, self.span)[:, : self.columns].int()
+        scales = torch.ldexp(torch.ones_like(self.scales, dtype=torch.float64), self.scales.int() - E8M0_BIAS)
+        wide = torch.tensor(FP4, dtype=torch.float64, device=codes.device)[codes]
+        return wide.mul_(scales.repeat_interleave(FP4_BLOCK, 1)[:, : self.columns]).to(dtype)
+
+
+def _pack(codes: Tensor, values: Tensor, span: int) -> None:
+    """codes: from 0 to 15, [rows, columns], into int16 [rows, columns / 4] by spans of so many columns."""
+    values.zero_()
+    elements = values.view(len(codes), -1, span // 4)
+    for number, part in enumerate(codes.view(len(codes), -1, 4, span // 4).unbind(2)):
+        elements |= part.to(elements).bitwise_left_shift_(4 * number)
+
+
+def _codes(values: Tensor, span: int) -> Tensor:
+    """What `_pack` has packed."""
+    elements = values.view(len(values), -1, span // 4)
+    return torch.stack([elements >> 4 * number & 15 for number in range(4)], 2).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)

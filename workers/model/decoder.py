@@ -17,7 +17,7 @@ from workers.model.checkpoint.kv_scales import scale_names
 from workers.model.checkpoint.weights import Checkpoint, ModelPart, Piece, Target
 from workers.model.config.architectures import ModelConfig, RankShape
 from workers.model.layers.classifier import Classifier
-from workers.model.layers.experts import Mixture, count_experts
+from workers.model.layers.experts import Mixture, count_experts, expert_modules
 from workers.model.layers.linear import Linear, RowParallelLinear, can_pack
 from workers.model.layers.mlp import SwiGLU
 from workers.model.layers.norm import RMSNorm
@@ -63,8 +63,9 @@ class Layer:
         self.mlp_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
         self.mlp: SwiGLU | Mixture
         if config.mixture is not None and shape.mixture is not None and config.mixture.sparse[number]:
-            self.mlp = Mixture(config.mixture, shape.mixture, hidden, comm, dtype, device)
-            forms.of_experts(self.mlp.experts.modules(f"model.layers.{number}"))
+            ups, downs = expert_modules(config.mixture, f"model.layers.{number}")
+            of_experts = forms.of_experts(ups, hidden), forms.of_experts(downs, shape.mixture.intermediate)
+            self.mlp = Mixture(config.mixture, shape.mixture, hidden, comm, dtype, device, of_experts)
         else:
             up_form = forms.of(mlp, "gate_proj", "up_proj", columns=hidden)
             down_form = forms.of(mlp, "down_proj", columns=shape.intermediate)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
 from tests.shared.checkpoints import make_checkpoint
 from tests.shared.quantising import MXFP4, is_stack, quantise
+from workers.config import ReadingConfig
 from workers.model.config.architectures import torch_dtype
 from workers.model.config.fields import CheckpointError
 from workers.model.footprint import footprint
@@ -87,13 +89,23 @@ def test_weights_that_a_gpu_keeps_in_fewer_bits(tmp_path: Path) -> None:
     assert says(quantization="fp8", device="cpu") == [f"{heading} plain numbers", f"weights          {in_units(plain)} a rank"]
 
 
-def test_experts_in_mxfp4_take_the_room_of_plain_ones(tmp_path: Path) -> None:
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Take the room of plain ones on a CPU; on a GPU a byte for two numbers, of whole spans of 128, and one for 32."""
     plain, quantised = make("gpt_oss", tmp_path / "plain", dtype=torch.bfloat16), tmp_path / "quantised"
     quantise(plain, quantised, MXFP4, is_stack)
-    asked = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    told = [plan_lines(EngineConfig(model=str(path), **asked), None)[0] for path in (plain, quantised)]  # type: ignore[arg-type]
-    assert told[0][1:] == told[1][1:]
-    assert told[1][0] == f"{told[0][0]}, weights quantised: mxfp4 (MXFP4), MXFP4 of experts kept as plain numbers"
+
+    def says(path: Path, **options: Any) -> list[str]:
+        config = EngineConfig(model=str(path), tensor_parallel_size=2, enable_expert_parallel=True, **options)
+        return plan_lines(config, None)[0]
+
+    told = says(plain, device="cpu")
+    heading = f"{told[0]}, weights quantised: mxfp4 (MXFP4), MXFP4 of experts kept as"
+    assert says(quantised, device="cpu") == [f"{heading} plain numbers", *told[1:]]
+    how = ReadingConfig(enable_expert_parallel=True)
+    weights = footprint(read_model(plain, how), 2, torch.bfloat16, 16).weight_bytes
+    kept = footprint(read_model(quantised, how), 2, torch.bfloat16, 16, keeps=True).weight_bytes
+    assert says(quantised)[:2] == [f"{heading} they are", f"weights          {in_units(kept)} a rank"]
+    assert kept < weights
 
 
 def test_the_command_reads_no_weights(tmp_path: Path) -> None:

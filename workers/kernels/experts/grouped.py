@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.experts.dense import DenseTiling, dense_product, takes
+from workers.kernels.experts.fewer import four_bit_sums
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
+from workers.kernels.experts.stacked import FOUR_BITS, Operand, Weight, operand
 from workers.kernels.launch import enter, interpreted
+from workers.kernels.products.widen import of_fp8
 
 SUM_BLOCK = 1024
 NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run together: W is in the L2 cache for an expert's others
@@ -42,8 +45,10 @@ def tile_size(tokens: int, per_token: int, experts: int) -> int:
     return 128
 
 
-def choose_tiling(size: int, dtype: torch.dtype, gated: bool) -> Tiling:
-    """By shape alone; never more than 96 KiB of shared memory."""
+def choose_tiling(size: int, dtype: torch.dtype, gated: bool, w: Operand | None = None) -> Tiling:
+    """By shape alone; never more than 96 KiB of shared memory. w: in fewer bits."""
+    if w is not None:
+        return _tiling_of_fewer(size, dtype, gated, w)
     if dtype == torch.float32:
         return Tiling(32, 32, 4, 2)
     if size > 64:
@@ -55,19 +60,37 @@ def choose_tiling(size: int, dtype: torch.dtype, gated: bool) -> Tiling:
     return Tiling(64, 64, 4, 3) if size > 16 else Tiling(32, 128, 4, 3)
 
 
-@triton.jit
-def _weights(base, rows, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """W[rows, columns], zero beyond K."""
-    at = base + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    return tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=(columns < K)[None, :], other=0.0)
+def _tiling_of_fewer(size: int, dtype: torch.dtype, gated: bool, w: Operand) -> Tiling:
+    """Columns that are read at a time share a scale, of four bits those of each quarter. Sums that scales are applied to take
+    registers, as do numbers of FP8, which are widened all at once."""
+    columns = min(128, w.span if w.kind in FOUR_BITS else w.group or 128)
+    if dtype == torch.float32:
+        return Tiling(32, columns, 4, 2)
+    if gated and size > 32 and (w.kind == "int4" or (w.kind == "fp8" and size > 64)):
+        columns = min(64, columns)
+    if size > 64:
+        return Tiling(64 if w.kind == "int4" else 128, columns, 8, 2 if gated and w.kind == "mxfp4" else 3)
+    return Tiling(128 if size < 64 and not gated and w.kind in FOUR_BITS else 64, columns, 4, 3)
 
 
 @triton.jit
-def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha, limit, N: tl.constexpr, K: tl.constexpr,
-             TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-             GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
-             PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: of the output."""
+def _weights(weight, scales, rows, start, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+             GROUP: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """COLUMNS of W's rows from `start` on, zero beyond K, as numbers of DTYPE."""
+    columns = start + tl.arange(0, COLUMNS)
+    at = weight + rows[:, None] * K + columns[None, :]
+    tile = tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=(columns < K)[None, :], other=0.0)
+    return of_fp8(tile, scales, rows, start, GROUP, K, ROWS, COLUMNS).to(DTYPE) if KIND == "fp8" else tile
+
+
+@triton.jit
+def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x_stride, alpha, limit, N: tl.constexpr,
+             K: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+             STAGES: tl.constexpr, GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
+             KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
+    """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: of the output.
+    weight, scales, zeros, KIND, GROUP, SPAN: as `Operand` has them."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     within = tl.program_id(0) % (BLOCKS * NEIGHBOURS)
     tile = tl.program_id(0) // (BLOCKS * NEIGHBOURS) * NEIGHBOURS + within % NEIGHBOURS
@@ -83,29 +106,40 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
     row = within // NEIGHBOURS * ROWS + tl.arange(0, ROWS)
     safe = row if N % ROWS == 0 else tl.minimum(row, N - 1)
     HALVES: tl.constexpr = 2 if GATED else 1
-    base = weight + expert * (HALVES * N * K)
     one = 2 * safe if IN_TURNS else safe
     other = one + 1 if IN_TURNS else one + N
+    rows, others = expert * (HALVES * N) + one, expert * (HALVES * N) + other  # among those of all experts
     source = (pair // TOP if GATED else place).to(tl.int64)
 
-    column = tl.arange(0, COLUMNS)
-    sums = tl.zeros([ROWS, SIZE], tl.float32)
-    ups = sums
-    for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
-        now = start + column
-        mask = there[None, :] if K % COLUMNS == 0 else there[None, :] & (now < K)[:, None]
-        a = tl.load(x + source[None, :] * x_stride + now[:, None], mask=mask, other=0.0)
-        sums = tl.dot(_weights(base, one, now, K, COLUMNS), a, sums, input_precision=PRECISION)
-        if GATED:
-            ups = tl.dot(_weights(base, other, now, K, COLUMNS), a, ups, input_precision=PRECISION)
+    if KIND == "int4" or KIND == "mxfp4":
+        sums, ups = four_bit_sums(x, weight, scales, zeros, rows, others, source, there, x_stride, K, ROWS, SIZE, COLUMNS,
+                                  STAGES, GATED, KIND, GROUP, SPAN, PRECISION)  # fmt: skip
+    else:
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        column = tl.arange(0, COLUMNS)
+        sums = tl.zeros([ROWS, SIZE], tl.float32)
+        ups = sums
+        for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+            now = start + column
+            mask = there[None, :] if K % COLUMNS == 0 else there[None, :] & (now < K)[:, None]
+            a = tl.load(x + source[None, :] * x_stride + now[:, None], mask=mask, other=0.0)
+            mine = _weights(weight, scales, rows, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
+            sums = tl.dot(mine, a, sums, input_precision=PRECISION)
+            if GATED:
+                beside = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
+                ups = tl.dot(beside, a, ups, input_precision=PRECISION)
 
     total = sums
+    if KIND == "fp8" and GROUP == 0:
+        total *= tl.load(scales + rows).to(tl.float32)[:, None]
     if BIAS:
-        total += tl.load(bias + expert * (HALVES * N) + one).to(tl.float32)[:, None]
+        total += tl.load(bias + rows).to(tl.float32)[:, None]
     if GATED:
         up = ups
+        if KIND == "fp8" and GROUP == 0:
+            up *= tl.load(scales + others).to(tl.float32)[:, None]
         if BIAS:
-            up += tl.load(bias + expert * (HALVES * N) + other).to(tl.float32)[:, None]
+            up += tl.load(bias + others).to(tl.float32)[:, None]
         total = activated(total, up, alpha, limit, CLAMPED)
         to = place.to(tl.int64)
     else:
@@ -116,10 +150,10 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
 
 
 def gate_up(
-    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
+    x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
     clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [tokens, K], weight [held, 2 * N, K] contiguous, bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
+    """x [tokens, K], weight [held, 2 * N, K], bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
     [pairs, N] in the order of `routing.pairs`; what lies behind is undefined. in_turns: W's rows are gate, up, gate, ..."""
     out = torch.empty(len(routing.pairs), weight.shape[1] // 2, dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, routing, True, in_turns, clamp, pdl, tiling)
@@ -127,10 +161,10 @@ def gate_up(
 
 
 def down(
-    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False,
+    x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False,
     tiling: Tiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the
+    """x [pairs, K] as `gate_up` gives it, weight [held, N, K], bias [held, N] -> each pair's product times the
     token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
     out = torch.empty(len(routing.pairs), weight.shape[1], dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, routing, False, False, None, pdl, tiling)
@@ -138,24 +172,26 @@ def down(
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
     clamp: Clamp | None, pdl: bool, tiling: Tiling | DenseTiling | None,
 ) -> None:  # fmt: skip
     if not len(out):
         return
     pdl = pdl and not interpreted()
-    if isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing)):
+    if isinstance(weight, Tensor) and (isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing))):
         dense_product(x, weight, bias, out, routing, gated, in_turns, clamp, pdl, tiling)
         return
-    tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
+    assert not isinstance(tiling, DenseTiling), "of plain numbers"
+    w = operand(weight)
+    tiling = tiling or choose_tiling(routing.size, x.dtype, gated, None if isinstance(weight, Tensor) else w)
     n = out.shape[1]
     tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
     _product[(tiles * triton.cdiv(n, tiling.rows),)](
-        x, weight, weight if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
-        x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1], TOP=routing.per_token,
-        SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated, IN_TURNS=in_turns,
-        CLAMPED=clamp is not None, BIAS=bias is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=tiling.warps, launch_pdl=pdl,
+        x, w.values, w.values if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
+        w.scales, w.zeros, x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
+        TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated,
+        IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group, SPAN=w.span,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""The experts of up to 4 tokens: multiplies and adds in float32 while each pair's matrices stream through registers.
+"""The experts of up to 4 tokens, in four bits 2: multiplies and adds in float32 while each pair's matrices stream through
+registers.
 
 Two launches, from the router's scores to the sum: gate and up of each pair, of the norm of x, with SwiGLU; then down of a
 token's pairs, times their weights and added up, with the residual. Every program finds its experts by itself, which takes less
@@ -8,6 +9,7 @@ experts are read, by several tokens now and then twice.
     scores ─ wait ─ up:   choice ─ rows of gate and up ─ act
                    └ down: choice ─ first rows of down ─ wait ─ act ─ the other rows ─ residual
 
+Matrices in fewer bits become numbers in registers (`fewer`), and `down` asks for them before it waits, but holds none.
 `up` waits for the scores before it lets `down` start, so that `down` may read them before it waits for `up`.
 Imports torch and triton.
 """
@@ -17,21 +19,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.experts.fewer import streamed
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
+from workers.kernels.experts.stacked import FOUR_BITS, Weight, operand
 from workers.kernels.launch import enter_last, fetch_rows, interpreted
+from workers.kernels.products.widen import ONE
 
-FEW_TOKENS = 4
-WARPS = tl.constexpr(4)  # of a program
+FEW_TOKENS, FEW_OF_FOUR_BITS = 4, 2
+WARPS, FEWER_WARPS = 4, 1  # of a program; in fewer bits a warp has all rows, as otherwise x would go through shared memory
 ROWS = tl.constexpr(4)  # that a program takes: of gate, and as many of up; of down, each of all of a token's experts
 MOST_COLUMNS = 2048  # that `_up` takes at a time
 MOST_HELD = 3  # turns of `_down` whose W is in registers before it waits
+FEWER_STAGES = tl.constexpr(3)  # tiles of W in fewer bits ahead of the sums
 MOST_UNROLLED = 8  # turns of `_down`
+FEWER_COLUMNS = (1024, 512), (512, 256)  # in fewer bits, that `_up` takes at a time, and `_down`
+MOST_BEYOND = 8  # one part in so many of what is read at a time may lie beyond the last column
+
+
+def most_tokens(*weights: Weight) -> int:
+    """Up to which experts stream. In four bits their instructions take longer than memory does, for each token anew."""
+    return FEW_OF_FOUR_BITS if any(operand(weight).kind in FOUR_BITS for weight in weights) else FEW_TOKENS
 
 
 def choose_columns(k: int) -> int:
     """That `_down` takes at a time of each of a token's experts, by shape alone. k: the numbers of a row."""
     return next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k))))
+
+
+def choose_fewer_columns(k: int, gated: bool, span: int) -> int:
+    """Likewise, of either product with W in fewer bits, where so many columns lie together."""
+    sizes = FEWER_COLUMNS[0 if gated else 1]
+    fits = (size for size in sizes if -k % size * MOST_BEYOND <= k)
+    return max(span, next(fits, min(sizes[-1], int(triton.next_power_of_2(k)))))
 
 
 @triton.jit
@@ -49,7 +69,7 @@ def _numbers(at, there, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
     """One token's scores in their order, whole in each warp: [WARPS, BLOCK], and whose they are. Past the L1 cache."""
     at = tl.arange(0, BLOCK)[None, :] + tl.zeros([WARPS, 1], tl.int32)
     score = tl.load(scores + at, mask=at < EXPERTS, other=float("-inf"), cache_modifier=".cg")
@@ -57,12 +77,13 @@ def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, x_stride, scores_stride, tokens, eps,
-        alpha, limit, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, scales, zeros, x_stride, scores_stride,
+        tokens, eps, alpha, limit, one,
+        N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
-        COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
-        PDL: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice."""
+        COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
+        GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice. one: `widen.ONE`."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     WHOLE: tl.constexpr = K <= COLUMNS
     enter_last(PDL)
@@ -85,29 +106,39 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         squares += plain * plain
     whole = plain * tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
 
-    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
     found = tl.zeros([WARPS, 1], tl.int32)
     for _ in range(pair % TOP + 1):
         _, found, left = next_best(left, at, 1, BLOCK)
     expert = tl.max(tl.max(found, 1), 0).to(tl.int64)
-    base = weight + expert * (2 * N * K)
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
 
     half = tl.arange(0, 2)[:, None]
     row = number % BLOCKS * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, N - 1)[None, :]
     rows = 2 * safe + half if IN_TURNS else safe + half * N
-    tile_at = base + rows.to(tl.int64)[:, :, None] * K
-    sums = tl.zeros([2, ROWS, COLUMNS // 8], tl.float32)
-    for start in tl.static_range(0, K, COLUMNS):
-        a = whole
-        if not WHOLE:
-            a = tl.load(source + start + column, mask=start + column < K, other=0.0).to(tl.float32)
-            a *= tl.load(norm_weight + start + column, mask=start + column < K, other=0.0).to(tl.float32)
-        now = (start + column)[None, None, :]
-        tile = _numbers(tile_at + now, now < K, K % COLUMNS != 0)
-        sums += _eights(tile * a[None, None, :], 2, ROWS, COLUMNS)
-    total = tl.sum(sums, 2) * scale
+    if KIND == "plain":
+        tile_at = weight + expert * (2 * N * K) + rows.to(tl.int64)[:, :, None] * K
+        sums = tl.zeros([2, ROWS, COLUMNS // 8], tl.float32)
+        for start in tl.static_range(0, K, COLUMNS):
+            a = whole
+            if not WHOLE:
+                a = tl.load(source + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+                a *= tl.load(norm_weight + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+            now = (start + column)[None, None, :]
+            tile = _numbers(tile_at + now, now < K, K % COLUMNS != 0)
+            sums += _eights(tile * a[None, None, :], 2, ROWS, COLUMNS)
+        total = tl.sum(sums, 2) * scale
+    else:
+        of_all = expert * (2 * N) + rows
+        x_at, there = source + tl.zeros([1, 1], tl.int32), tl.full([1, 1], 1, tl.int1)
+        sums = tl.zeros([2, ROWS, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
+        for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
+            sums += streamed(weight, scales, zeros, of_all, x_at, there, norm_weight, start, one, 2, ROWS, K, COLUMNS, True,
+                             KIND, GROUP, SPAN)  # fmt: skip
+        total = tl.sum(sums, 2) * scale
+        if GROUP == 0:
+            total *= tl.load(scales + of_all).to(tl.float32)
     if BIAS:
         total += tl.load(bias + expert * (2 * N) + rows).to(tl.float32)
     gate = tl.sum(tl.where(half == 0, total, 0.0), 0)
@@ -131,10 +162,11 @@ def _tile(base, start, K: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_stride, shared_stride, out_stride,
+def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, zeros, scores_stride, shared_stride, out_stride,
+          one,
           N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
           COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+          KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of one token, over all of its experts. What it has of W before it waits depends on the scores
     alone, which `_up` has waited for before this one may start."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -143,7 +175,7 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
     safe = tl.minimum(row, N - 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
     place = tl.arange(0, PLACES)
     experts = tl.zeros([WARPS, PLACES], tl.int32)
     for number in tl.static_range(TOP):
@@ -152,33 +184,46 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
     expert = tl.max(experts, 0)
     rows = expert.to(tl.int64)[None, :] * N + safe[:, None]
     base = weight + rows[:, :, None] * K
-    tile0 = _tile(base, 0, K, COLUMNS)
+    ROW: tl.constexpr = K if KIND == "plain" or KIND == "fp8" else (K + SPAN - 1) // SPAN * SPAN // 4  # elements
+    if HELD > 0:
+        tile0 = _tile(base, 0, K, COLUMNS)
     if HELD > 1:
         tile1 = _tile(base, COLUMNS, K, COLUMNS)
     if HELD > 2:
         tile2 = _tile(base, 2 * COLUMNS, K, COLUMNS)
     if PDL:
         if HELD * COLUMNS < K:
-            fetch_rows(weight + HELD * COLUMNS, tl.reshape(rows, [ROWS * PLACES]), K, K - HELD * COLUMNS)
+            fetch_rows(weight + HELD * COLUMNS, tl.reshape(rows, [ROWS * PLACES]), ROW, ROW - HELD * COLUMNS)
         tl.extra.cuda.gdc_wait()
 
     if tl.load(chosen + token * TOP) < 0:
         return
     shares = tl.load(weights + token * TOP + place, mask=place < TOP, other=0.0)
-    sums = _turn(x, tile0, shares, token * TOP, 0, K, TOP, PLACES, COLUMNS)
-    if HELD > 1:
-        sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, PLACES, COLUMNS)
-    if HELD > 2:
-        sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, PLACES, COLUMNS)
-    if UNROLLED:
-        for start in tl.static_range(HELD * COLUMNS, K, COLUMNS):
-            tile = _tile(base, start, K, COLUMNS)
-            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
+    if KIND == "plain":
+        sums = _turn(x, tile0, shares, token * TOP, 0, K, TOP, PLACES, COLUMNS)
+        if HELD > 1:
+            sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, PLACES, COLUMNS)
+        if HELD > 2:
+            sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, PLACES, COLUMNS)
+        if UNROLLED:
+            for start in tl.static_range(HELD * COLUMNS, K, COLUMNS):
+                tile = _tile(base, start, K, COLUMNS)
+                sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
+        else:
+            for start in tl.range(HELD * COLUMNS, K, COLUMNS, num_stages=4):
+                tile = _tile(base, start, K, COLUMNS)
+                sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
+        total = tl.sum(tl.sum(sums, 2), 1)
     else:
-        for start in tl.range(HELD * COLUMNS, K, COLUMNS, num_stages=4):
-            tile = _tile(base, start, K, COLUMNS)
-            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
-    total = tl.sum(tl.sum(sums, 2), 1)
+        x_at, there = x + (token * TOP + place)[None, :] * K, (place < TOP)[None, :]
+        sums = tl.zeros([ROWS, PLACES, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
+        for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
+            sums += streamed(weight, scales, zeros, rows, x_at, there, shares[None, :], start, one, ROWS, PLACES, K, COLUMNS,
+                             False, KIND, GROUP, SPAN)  # fmt: skip
+        each = tl.sum(sums, 2)
+        if GROUP == 0:
+            each *= tl.load(scales + rows).to(tl.float32)
+        total = tl.sum(each, 1)
     if BIAS:
         parts = tl.load(bias + rows, mask=(place < TOP)[None, :], other=0.0).to(tl.float32)
         total += tl.sum(parts * shares[None, :], 1)
@@ -190,11 +235,11 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
 
 
 def few_up(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scores: Tensor, load: Tensor, rule: Rule, *,
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, scores: Tensor, load: Tensor, rule: Rule, *,
     live: Tensor | None = None, bias: Tensor | None = None, in_turns: bool = False, clamp: Clamp | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Choice]:  # fmt: skip
-    """x [tokens, K], of which the RMSNorm is taken; weight [experts, 2 * N, K] contiguous, bias [experts, 2 * N]; scores, load,
+    """x [tokens, K], of which the RMSNorm is taken; weight [experts, 2 * N, K], bias [experts, 2 * N]; scores, load,
     rule, live as `choose` takes them -> SwiGLU of each pair, [tokens * per_token, N], of padding undefined, and the choice."""
     n, k = weight.shape[1] // 2, weight.shape[2]
     tokens, experts, top = len(x), len(load), rule.per_token
@@ -203,37 +248,44 @@ def few_up(
     weights = torch.empty(tokens, top, dtype=torch.float32, device=x.device)
     gates = torch.empty(tokens, dtype=torch.float32, device=x.device) if scores.shape[1] > experts else None
     pdl = pdl and not interpreted()
+    w = operand(weight)
+    plain = w.kind == "plain"
+    columns = min(MOST_COLUMNS, triton.next_power_of_2(k)) if plain else choose_fewer_columns(k, True, w.span)
+    warps = WARPS if plain else FEWER_WARPS
     _up[(tokens + tokens * top * triton.cdiv(n, ROWS.value),)](
-        x, norm_weight, weight, weight if bias is None else bias, scores, scores if live is None else live, chosen, weights,
-        weights if gates is None else gates, load, out, x.stride(0), scores.stride(0), tokens, eps,
-        clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=k, EXPERTS=experts,
+        x, norm_weight, w.values, w.values if bias is None else bias, scores, scores if live is None else live, chosen, weights,
+        weights if gates is None else gates, load, out, w.scales, w.zeros, x.stride(0), scores.stride(0), tokens, eps,
+        clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, ONE, N=n, K=k, EXPERTS=experts,
         BLOCK=triton.next_power_of_2(experts), TOP=top, PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all,
         NORMALIZED=rule.normalized, LIVE=live is not None, SHARED=gates is not None,
-        COLUMNS=min(MOST_COLUMNS, triton.next_power_of_2(k)), IN_TURNS=in_turns, CLAMPED=clamp is not None,
-        BIAS=bias is not None, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
+        COLUMNS=columns, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group,
+        SPAN=w.span, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, Choice(chosen, weights, gates)
 
 
 def few_down(
-    x: Tensor, weight: Tensor, choice: Choice, scores: Tensor, residual: Tensor, *, bias: Tensor | None = None,
+    x: Tensor, weight: Weight, choice: Choice, scores: Tensor, residual: Tensor, *, bias: Tensor | None = None,
     shared: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Adds each token's experts to residual [tokens, N], in float32 and rounded once; padding stays as it was.
 
-    x [tokens * per_token, K] and the choice as `few_up` gives them, of the same scores; weight [experts, N, K] contiguous, bias
+    x [tokens * per_token, K] and the choice as `few_up` gives them, of the same scores; weight [experts, N, K], bias
     [experts, N]. shared [tokens, N]: is added times `choice.gates`.
     """
     experts, n, k = weight.shape
     top = choice.per_token
-    columns = choose_columns(k)
-    turns = triton.cdiv(k, columns)
+    w = operand(weight)
+    plain = w.kind == "plain"
+    columns = choose_columns(k) if plain else choose_fewer_columns(k, False, w.span)
+    turns, warps = triton.cdiv(k, columns), WARPS if plain else FEWER_WARPS
     pdl = pdl and not interpreted()
     added = residual if shared is None else shared
     _down[(len(residual) * triton.cdiv(n, ROWS.value),)](
-        x, weight, weight if bias is None else bias, scores, choice.chosen, choice.weights,
-        choice.weights if choice.gates is None else choice.gates, added, residual, scores.stride(0), added.stride(0),
-        residual.stride(0), N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
-        PLACES=triton.next_power_of_2(top), COLUMNS=columns, HELD=min(MOST_HELD, turns), UNROLLED=turns <= MOST_UNROLLED,
-        BIAS=bias is not None, SHARED=shared is not None, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
+        x, w.values, w.values if bias is None else bias, scores, choice.chosen, choice.weights,
+        choice.weights if choice.gates is None else choice.gates, added, residual, w.scales, w.zeros, scores.stride(0),
+        added.stride(0), residual.stride(0), ONE, N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
+        PLACES=triton.next_power_of_2(top), COLUMNS=columns, HELD=min(MOST_HELD, turns) if plain else 0,
+        UNROLLED=turns <= MOST_UNROLLED, BIAS=bias is not None, SHARED=shared is not None, KIND=w.kind, GROUP=w.group,
+        SPAN=w.span, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -79,11 +79,13 @@ def _numbers(elements, z0, z1, z2, z3, DTYPE: tl.constexpr):
             n0, n1, n2, n3 = tl.inline_asm_elementwise(
                 _FLOAT16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [elements, z0, z1, z2, z3],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)  # fmt: skip
+            if DTYPE == tl.float32:  # noqa: SIM300
+                n0, n1, n2, n3 = n0.to(DTYPE), n1.to(DTYPE), n2.to(DTYPE), n3.to(DTYPE)
     return n0, n1, n2, n3
 
 
 @triton.jit
-def _of_groups(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr):
+def of_groups(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr):
     """What the groups of that column and of those a quarter, two and three quarters on have for each of `rows`: [ROWS] each."""
     at = base + rows * (K // GROUP)
     v0, v1 = tl.load(at + column // GROUP), tl.load(at + (column + QUARTER) // GROUP)
@@ -91,13 +93,13 @@ def _of_groups(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER
 
 
 @triton.jit
-def _added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr):
+def added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr, PRECISION: tl.constexpr = "tf32"):
     """sums [ROWS, TOKENS] and the products of what is in elements with x, each times its scale."""
     n0, n1, n2, n3 = _numbers(elements, zeros[0], zeros[1], zeros[2], zeros[3], DTYPE)
-    sums += tl.dot(n0, a0) * scales[0].to(tl.float32)[:, None]
-    sums += tl.dot(n1, a1) * scales[1].to(tl.float32)[:, None]
-    sums += tl.dot(n2, a2) * scales[2].to(tl.float32)[:, None]
-    return sums + tl.dot(n3, a3) * scales[3].to(tl.float32)[:, None]
+    sums += tl.dot(n0, a0, input_precision=PRECISION) * scales[0].to(tl.float32)[:, None]
+    sums += tl.dot(n1, a1, input_precision=PRECISION) * scales[1].to(tl.float32)[:, None]
+    sums += tl.dot(n2, a2, input_precision=PRECISION) * scales[2].to(tl.float32)[:, None]
+    return sums + tl.dot(n3, a3, input_precision=PRECISION) * scales[3].to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -144,11 +146,11 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
     for start in tl.range(0, PART, WIDTH, num_stages=STAGES):
         column = tl.multiple_of((begin + start) // QUARTER * SPAN + (begin + start) % QUARTER, WIDTH)
         # these come first, so that they are under way while what was asked for long ago is waited for
-        its_zeros = _of_groups(zeros, safe, column, K, GROUP, QUARTER)
-        its_scales = _of_groups(scales, safe, column, K, GROUP, QUARTER)
+        its_zeros = of_groups(zeros, safe, column, K, GROUP, QUARTER)
+        its_scales = of_groups(scales, safe, column, K, GROUP, QUARTER)
         if GATED:
-            other_zeros = _of_groups(zeros, N + safe, column, K, GROUP, QUARTER)
-            other_scales = _of_groups(scales, N + safe, column, K, GROUP, QUARTER)
+            other_zeros = of_groups(zeros, N + safe, column, K, GROUP, QUARTER)
+            other_scales = of_groups(scales, N + safe, column, K, GROUP, QUARTER)
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
         if GATED:
             other = tl.load(half + start + w_at, eviction_policy="evict_first")
@@ -156,9 +158,9 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
         a1 = tl.load(x_at + column + QUARTER, mask=there, other=0.0)
         a2 = tl.load(x_at + column + 2 * QUARTER, mask=there, other=0.0)
         a3 = tl.load(x_at + column + 3 * QUARTER, mask=there, other=0.0)
-        sums = _added(sums, tile, its_zeros, its_scales, a0, a1, a2, a3, DTYPE)
+        sums = added(sums, tile, its_zeros, its_scales, a0, a1, a2, a3, DTYPE)
         if GATED:
-            gated = _added(gated, other, other_zeros, other_scales, a0, a1, a2, a3, DTYPE)
+            gated = added(gated, other, other_zeros, other_scales, a0, a1, a2, a3, DTYPE)
     total, up = sums, gated
 
     if PARTS > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from workers.kernels.experts.gating import Clamp
 from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
 from workers.kernels.experts.route import Rule, route
-from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
+from workers.kernels.experts.stream import few_down, few_up, most_tokens
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS
 from workers.kernels.products.tilings import choose as choose_tiling
@@ -28,11 +28,12 @@ class FusedMixture:
         self._counters = counters
         config = mixture.config
         self._rule = Rule(config.per_token, config.family.scoring == "all", config.normalized)
+        self._few_tokens = most_tokens(mixture.experts.gate_up, mixture.experts.down)
         self._clamp = None if config.gating.limit is None else Clamp(config.gating.alpha, config.gating.limit)
 
     def add_to(self, hidden: Tensor, norm_weight: Tensor, eps: float, live: Tensor | None, *, pdl: bool = False) -> None:
         """Adds the experts of the norm of hidden [tokens, hidden] to it, in place, of a single rank. live: as below."""
-        if len(hidden) <= FEW_TOKENS:
+        if len(hidden) <= self._few_tokens:
             self._add_few(hidden, norm_weight, eps, live, pdl)
         else:
             self(rms_norm(hidden, norm_weight, eps), live, hidden, pdl=pdl)

@@ -16,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.model.checkpoint.weights import Piece
+from workers.kernels.experts.stacked import Stacked, Weight
+from workers.kernels.reduced import Microscaled, Reduced
+from workers.model.checkpoint.weights import Piece, Target
 from workers.model.config.mixtures import Gating, MixtureConfig, MixtureShape
 from workers.model.layers.linear import Linear, can_pack
 from workers.model.layers.mlp import SwiGLU
 from workers.model.layers.padding import padded, padded_rows
+from workers.model.quantization.filling import FillingStack, Keeping, Rounding
+from workers.model.quantization.forms import PLAIN, LinearForm
 from workers.parallel.communicator import Communicator
 
 
@@ -64,20 +68,35 @@ class Router:
         return pieces
 
 
+def expert_modules(config: MixtureConfig, name: str) -> tuple[list[str], list[str]]:
+    """What the modules of a layer's experts are called that are multiplied first, gates and ups, and downs. name: of the
+    layer."""
+    family = config.family
+    block = f"{name}.{family.block}.experts"
+    experts = [block] if family.packed else [f"{block}.{number}" for number in range(config.experts)]
+    *ups, down = family.names
+    return [f"{expert}.{each}" for expert in experts for each in ups], [f"{expert}.{down}" for expert in experts]
+
+
 class Experts:
     """gate_up [experts, 2 * intermediate, hidden]: the gate's rows first, or in turns with the other's where the family packs
-    them so. down [experts, hidden, intermediate]. A down bias that ranks would add several times rank 0 adds."""
+    them so. down [experts, hidden, intermediate]. Either may be in fewer bits, with which a GPU alone computes. A down bias
+    that ranks would add several times rank 0 adds."""
 
     def __init__(
-        self, config: MixtureConfig, shape: MixtureShape, hidden: int, dtype: torch.dtype, device: torch.device, first: bool
-    ) -> None:
-        """first: of the ranks that hold a part of the same experts."""
+        self, config: MixtureConfig, shape: MixtureShape, hidden: int, dtype: torch.dtype, device: torch.device, first: bool,
+        forms: tuple[LinearForm, LinearForm] = (PLAIN, PLAIN),
+    ) -> None:  # fmt: skip
+        """first: of the ranks that hold a part of the same experts. forms: in which both are kept."""
         self.config, self.shape = config, shape
-        self.gate_up = torch.empty(shape.experts, 2 * shape.intermediate, hidden, dtype=dtype, device=device)
-        self.down = torch.empty(shape.experts, hidden, shape.intermediate, dtype=dtype, device=device)
+        up_size, down_size = (shape.experts, 2 * shape.intermediate, hidden), (shape.experts, hidden, shape.intermediate)
+        self.gate_up = _empty(up_size, forms[0], dtype, device)
+        self.down = _empty(down_size, forms[1], dtype, device)
+        self._rounded = forms[0].rounded
+        self._nothing = torch.empty(0, dtype=dtype, device=device)
         bias = config.family.bias
-        self.gate_up_bias = self.gate_up.new_empty(self.gate_up.shape[:2]) if bias else None
-        self.down_bias = self.down.new_empty(self.down.shape[:2]) if bias and first else None
+        self.gate_up_bias = self._nothing.new_empty(up_size[:2]) if bias else None
+        self.down_bias = self._nothing.new_empty(down_size[:2]) if bias and first else None
         self._pads = can_pack(dtype, device)
         self._each: list[tuple[Linear, Linear]] = []
 
@@ -88,7 +107,7 @@ class Experts:
 
     def filled(self) -> None:
         """On a CPU each expert is a matrix by itself, in the CPU's own layout where there is one."""
-        if self.gate_up.device.type != "cpu":
+        if self._nothing.device.type != "cpu" or isinstance(self.gate_up, Stacked) or isinstance(self.down, Stacked):
             return
         for number in range(self.shape.experts):
             gate_up, down = (
@@ -99,7 +118,7 @@ class Experts:
             down.pack()
             self._each.append((gate_up, down))
         if self._pads:  # the plain numbers are read by nobody
-            self.gate_up, self.down = self.gate_up.new_empty(0), self.down.new_empty(0)
+            self.gate_up = self.down = self._nothing
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden]; chosen, weights [tokens, per_token], experts of the whole model -> [tokens, hidden] in the dtype
@@ -127,25 +146,36 @@ class Experts:
             return self._packed_pieces(block)
         return [piece for number in range(self.config.experts) for piece in self._pieces_of(block, number)]
 
-    def modules(self, name: str) -> list[str]:
-        """What config.json may say is quantised, of all experts or of the first. name: of the layer."""
-        family = self.config.family
-        number = () if family.packed else ("0",)
-        return [".".join((name, family.block, "experts", *number, each)) for each in family.names]
-
     def _pieces_of(self, block: str, number: int) -> list[Piece]:
         shape, total, hidden = self.shape, self.config.intermediate, self.down.shape[1]
         gate, up, down = (f"{block}.{number}.{name}.weight" for name in self.config.family.names)
         wide, narrow = (total, hidden), (hidden, total)
-        if not 0 <= number - shape.expert_start < shape.experts:
-            nothing = self.down.new_empty(0)
+        held = number - shape.expert_start
+        if not 0 <= held < shape.experts:
+            nothing = self._nothing
             return [Piece(nothing, gate, wide), Piece(nothing, up, wide), Piece(nothing, down, narrow)]
-        gates, ups = self.gate_up[number - shape.expert_start].chunk(2)
+        gates, ups = (self._rows(self.gate_up, held, half, 2) for half in range(2))
         start = shape.intermediate_start
         return [
             Piece(gates, gate, wide, start), Piece(ups, up, wide, start),
-            Piece(self.down[number - shape.expert_start], down, narrow, start, dim=1),
+            Piece(self._rows(self.down, held, 0, 1), down, narrow, start, dim=1),
         ]  # fmt: skip
+
+    def _rows(self, weight: Weight, expert: int, part: int, parts: int) -> Target:
+        """One of so many equal parts of an expert's rows."""
+        count = weight.shape[1] // parts
+        if isinstance(weight, Tensor):
+            plain = weight[expert].narrow(0, part * count, count)
+            return Rounding(plain) if self._rounded else plain
+        matrix, first = weight.matrix, (expert * parts + part) * count
+        assert isinstance(matrix, Reduced), "MXFP4 is stored in stacks"
+        return Keeping(matrix.rows(first, first + count))
+
+    def _stack(self, weight: Weight) -> Target:
+        """Of all experts, inputs first."""
+        if isinstance(weight, Stacked) or self._rounded:
+            return FillingStack(weight)
+        return weight.transpose(1, 2)
 
     def _packed_pieces(self, block: str) -> list[Piece]:
         """Of one tensor for all experts, inputs first: [experts, hidden, 2 * intermediate], [experts, intermediate, hidden]."""
@@ -156,16 +186,26 @@ class Experts:
         if config.parallel:
             up_at = down_at = (shape.expert_start, 0)
         pieces = [
-            Piece(self.gate_up.transpose(1, 2), gate_up, whole_up, *up_at),
-            Piece(self.down.transpose(1, 2), down, whole_down, *down_at),
+            Piece(self._stack(self.gate_up), gate_up, whole_up, *up_at),
+            Piece(self._stack(self.down), down, whole_down, *down_at),
         ]
         if self.gate_up_bias is not None:
             bias_at = up_at if config.parallel else (up_at[0], 1)
             pieces.append(Piece(self.gate_up_bias, f"{gate_up}_bias", (config.experts, 2 * config.intermediate), *bias_at))
-            target = self.down_bias if self.down_bias is not None else self.down.new_empty(0)
+            target = self.down_bias if self.down_bias is not None else self._nothing
             start = shape.expert_start if config.parallel else 0
             pieces.append(Piece(target, f"{down}_bias", (config.experts, hidden), start))
         return pieces
+
+
+def _empty(size: tuple[int, int, int], form: LinearForm, dtype: torch.dtype, device: torch.device) -> Weight:
+    """size: experts, rows, columns."""
+    experts, rows, columns = size
+    if form.bits == 16:
+        return torch.empty(size, dtype=dtype, device=device)
+    if form.scale == torch.float8_e8m0fnu:
+        return Stacked(Microscaled.empty(experts * rows, columns, device), experts)
+    return Stacked(Reduced.empty(experts * rows, columns, form.bits, form.group or columns, form.scale, device), experts)
 
 
 class Mixture:
@@ -174,12 +214,13 @@ class Mixture:
 
     def __init__(
         self, config: MixtureConfig, shape: MixtureShape, hidden: int, comm: Communicator, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, forms: tuple[LinearForm, LinearForm] = (PLAIN, PLAIN),
     ) -> None:  # fmt: skip
+        """forms: of the experts, as in `Experts`."""
         self.config, self.shape = config, shape
         self.comm = comm
         self.router = Router(config, hidden, dtype, device)
-        self.experts = Experts(config, shape, hidden, dtype, device, config.parallel or comm.rank == 0)
+        self.experts = Experts(config, shape, hidden, dtype, device, config.parallel or comm.rank == 0, forms)
         self.shared = None
         if shape.shared:
             self.shared = SwiGLU(

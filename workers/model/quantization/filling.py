@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.kernels.reduced import Reduced, rounded_rows
+from workers.kernels.experts.stacked import Stacked
+from workers.kernels.reduced import Microscaled, Reduced, rounded_rows
 from workers.model.config.fields import CheckpointError
-from workers.model.quantization.stored import Grouped, Scaled, in_pieces, spans_of
+from workers.model.quantization.stored import Grouped, Mxfp4, Scaled, in_pieces, spans_of
 from workers.model.quantization.words import Span, blocks_of
 
 
@@ -67,6 +68,36 @@ class Keeping:
         words, groups = stored.words, blocks_of(columns, stored.group)
         codes = words.codes(rows, columns, target.values.device)  # on a CPU this would take a GPU's start minutes
         target.fill(codes.to(torch.uint8), words.scales(rows, groups), words.zeros(rows, groups))
+
+
+class FillingStack:
+    """Experts of one tensor, inputs first: [experts, in, out]."""
+
+    def __init__(self, target: Stacked | Tensor) -> None:
+        """target: [experts, out, in], in fewer bits, or plain numbers which become the nearest that FP8 has."""
+        self._target = target
+        experts, rows, columns = target.shape
+        self.shape, self.nbytes = torch.Size((experts, columns, rows)), target.nbytes
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def take(self, stored: Any, index: Any) -> None:
+        """One expert at a time."""
+        experts, columns, rows = spans_of(index, tuple(stored.get_shape()))
+        for number, expert in enumerate(range(*experts)):
+            target = self._target[number] if isinstance(self._target, Tensor) else self._target.part(number, number + 1).matrix
+            if isinstance(target, Microscaled):
+                assert isinstance(stored, Mxfp4), "as its form says"
+                target.fill(*stored.codes(expert, rows, columns, target.values.device))
+                continue
+            device = target.device if isinstance(target, Tensor) else target.values.device
+            numbers = stored[expert : expert + 1, slice(*columns), slice(*rows)][0].to(device).T
+            if isinstance(target, Reduced):
+                target.round(numbers)
+            else:
+                values, scales = rounded_rows(numbers)
+                target.copy_(values.float() * scales)
 
 
 def _pieces(stored: Any, index: Any) -> Iterator[tuple[Span, Span, Span]]:

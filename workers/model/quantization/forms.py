@@ -1,9 +1,10 @@
-"""In what form a rank keeps each linear layer's weight: FP8 or four bits where a device has kernels for it, else plain.
+"""In what form a rank keeps each linear layer's and each expert's weight: FP8, four bits or MXFP4 where a device has kernels
+for it, else plain.
 
 Imports torch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ GROUPS = (32, 64, 128)
 LEAST_COLUMNS = 16
 """Of which the library's FP8 products take multiples."""
 
+LEAST_SPAN = 64
+"""Columns of which experts in integers of four bits have a multiple: a quarter of them is multiplied at a time."""
+
 LEAST_CAPABILITY = (8, 9)
 """Of a GPU that has FP8."""
 
@@ -23,7 +27,8 @@ LEAST_CAPABILITY = (8, 9)
 @dataclass(frozen=True, slots=True)
 class LinearForm:
     """bits: 16 for the model's dtype, whatever it is; 8 for FP8; 4. group: columns that share a scale, None for all of them.
-    scale: of the scales. rounded: in the model's dtype, but only numbers that FP8 has, with a scale for each row."""
+    scale: of the scales; float8_e8m0fnu: of MXFP4. rounded: in the model's dtype, but only numbers that FP8 has, with a scale
+    for each row."""
 
     bits: int = 16
     group: int | None = None
@@ -35,7 +40,7 @@ PLAIN = LinearForm()
 
 
 class Forms:
-    """Of one rank's linear layers."""
+    """Of one rank's linear layers and experts."""
 
     def __init__(self, scheme: Scheme | None, keeps: bool, is_stored: Callable[[str], bool] | None = None) -> None:
         """keeps: as `keeps_fewer_bits` says. is_stored: whether the checkpoint has that module quantised; None: as config.json
@@ -60,11 +65,21 @@ class Forms:
         (self._plain if form == PLAIN else self._kept).add(str(found))
         return form
 
-    def of_experts(self, modules: Iterable[str]) -> None:
-        """Told of experts, which are plain whatever they are stored in."""
-        if self._scheme is not None and not self._scheme.made:
-            stored = {self._scheme.form(module) for module in modules if self._is_stored(module)}
-            self._plain |= {f"{form} of experts" for form in stored}
+    def of_experts(self, modules: Sequence[str], columns: int) -> LinearForm:
+        """Of the matrices that hold these modules' rows, or this rank's columns of them: one for all experts of a layer."""
+        scheme = self._scheme
+        if scheme is None:
+            return PLAIN
+        if scheme.made:
+            return LinearForm(8) if self._keeps else LinearForm(rounded=True)
+        stored = {scheme.form(module) if self._is_stored(module) else None for module in modules}
+        found = next(iter(stored)) if len(stored) == 1 else None
+        form = kept_as(found, columns) if found is not None and self._keeps else PLAIN
+        if found is not None and found.kind in ("awq", "gptq", "packed") and columns % LEAST_SPAN:
+            form = PLAIN
+        said = self._plain if form == PLAIN else self._kept
+        said |= {f"{each} of experts" for each in stored if each is not None}
+        return form
 
     def says(self) -> str:
         """What has become of the layers that were asked for, in words."""
@@ -86,6 +101,8 @@ def kept_as(stored: WeightForm, columns: int) -> LinearForm:
         return PLAIN
     if stored.kind == "fp8":
         return LinearForm(8, group)
+    if stored.kind == "mxfp4":
+        return LinearForm(4, group, torch.float8_e8m0fnu)
     if stored.bits == 4 and stored.kind in ("awq", "gptq", "packed") and group is not None:
         return LinearForm(4, group, torch.float32 if stored.kind == "packed" else torch.float16)
     return PLAIN

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.reduced import E8M0_BIAS, FP4, FP4_BLOCK
 from workers.model.config.fields import CheckpointError
 from workers.model.quantization.words import Span, Stored, Words, blocks_of
 
@@ -19,12 +20,6 @@ NUMBERS_AT_ONCE = 1 << 24
 """Of a weight that are made at once: 64 MB of them in float32."""
 
 Index = EllipsisType | slice | tuple[slice, ...]
-
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""What four bits mean in MXFP4: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, 1.0)."""
-
-FP4_BLOCK = 32
-E8M0_BIAS = 127
 
 
 class Quantised:
@@ -141,6 +136,13 @@ class Mxfp4(Quantised):
         experts, out, count, _ = blocks.get_shape()
         super().__init__((experts, count * FP4_BLOCK, out))
         self.blocks, self.scales = blocks, scales
+
+    def codes(self, expert: int, rows: Span, columns: Span, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of one expert's matrix [out, in], as they are stored: codes uint8 [rows, columns], scales uint8 [rows, blocks].
+        columns: of whole blocks."""
+        index = slice(expert, expert + 1), slice(*rows), slice(*blocks_of(columns, FP4_BLOCK))
+        blocks, scales = self.blocks[index][0].to(device), self.scales[index][0].to(device)
+        return torch.stack((blocks & 15, blocks >> 4), -1).flatten(1), scales
 
     def part(self, spans: tuple[Span, ...]) -> Tensor:
         return self.near(spans, torch.device("cpu"))

@@ -171,7 +171,8 @@ def test_transformers_classes_have_no_fp8_made(tmp_path: Path) -> None:
         (WeightForm("gptq", 8, (1, 128), zeros=True), 4096, PLAIN),
         (WeightForm("packed", 4, (1, None)), 4096, PLAIN),
         (WeightForm("int8", block=(1, None)), 4096, PLAIN),
-        (WeightForm("mxfp4", 4, (1, 32)), 4096, PLAIN),
+        (WeightForm("mxfp4", 4, (1, 32)), 2880, LinearForm(4, 32, torch.float8_e8m0fnu)),
+        (WeightForm("mxfp4", 4, (1, 32)), 720, PLAIN),
     ],
 )
 def test_what_is_kept(stored: WeightForm, columns: int, form: LinearForm) -> None:
