@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from scheduler.options import Rule, at_least, option
+from scheduler.options import OptionRule, at_least, option
 
-BLOCK_SIZES = Rule(lambda size: size >= 16 and not size & (size - 1), "is not a power of two from 16 up: try 256")
+BLOCK_SIZES = OptionRule(lambda size: size >= 16 and not size & (size - 1), "is not a power of two from 16 up: try 256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CoreConfig(CacheConfig):
     seed: int | None = option(
         None,
         "Draws the seeds of requests that bring none: an integer.",
-        Rule(lambda seed: 0 <= seed < 2**63, "(--engine-seed) is outside [0, 2^63): choose a value inside"),
+        OptionRule(lambda seed: 0 <= seed < 2**63, "(--engine-seed) is outside [0, 2^63): choose a value inside"),
         shown="drawn anew each time",
     )
     queue_skip_s: float = option(

@@ -12,30 +12,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class OptionRule:
     """What a value must be, and what to say of one that is not, behind `name=value`."""
 
     holds: Callable[[Any], bool]
     complaint: str
 
 
-def at_least(low: int) -> Rule:
-    return Rule(lambda value: value >= low, f"is below {low}: raise it")
+def at_least(low: int) -> OptionRule:
+    return OptionRule(lambda value: value >= low, f"is below {low}: raise it")
 
 
-def at_most(high: int) -> Rule:
-    return Rule(lambda value: value <= high, f"is above {high}: lower it")
+def at_most(high: int) -> OptionRule:
+    return OptionRule(lambda value: value <= high, f"is above {high}: lower it")
 
 
-def above_0(why: str) -> Rule:
-    return Rule(lambda value: value > 0, f"is not above 0: {why}")
+def above_0(why: str) -> OptionRule:
+    return OptionRule(lambda value: value > 0, f"is not above 0: {why}")
 
 
-def one_of(legal: tuple[str, ...]) -> Rule:
-    return Rule(legal.__contains__, f"is unknown: choose one of {', '.join(legal)}")
+def one_of(legal: tuple[str, ...]) -> OptionRule:
+    return OptionRule(legal.__contains__, f"is unknown: choose one of {', '.join(legal)}")
 
 
-def option(default: T, help: str, *rules: Rule, shown: str = "", size: bool = False) -> T:
+def option(default: T, help: str, *rules: OptionRule, shown: str = "", size: bool = False) -> T:
     """A setting that users may change. help: the sentence that the command line shows. shown: the default in words, where the
     value says too little. size: bytes, "4GiB" also read."""
     metadata: dict[str, Any] = {"help": help, "shown": shown or str(default), "size": size, "rules": rules}

@@ -25,7 +25,7 @@ from deploy.terminal.exits import reported_errors
 from deploy.terminal.options import DebugOption
 from scheduler.placement.why import Decision
 from simulator.engines import ClusterShape
-from simulator.report import Outcome, Target
+from simulator.report import LatencyTarget, Outcome
 from simulator.run import POLICIES, Drain, Outage, Scenario, replay
 from simulator.synthetic import SCHEME, make_trace, parse_synthetic
 from simulator.time_model import TimeModel, calibrated
@@ -35,7 +35,7 @@ from simulator.transfers import LinkModel
 FIGURES = ("hit %", "busiest", "TTFT mean", "p50", "p99 s", "TPOT p50", "p99 s", "good/s", "preempted", "refused", "core s")
 WIDTH = 120
 
-SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), Target()
+SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), LatencyTarget()
 
 
 def _flag(name: str, default: Any, help: str, shown: str = "") -> Any:
@@ -144,7 +144,7 @@ def command(
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)
         drains = tuple(Drain(*_event("--drain", text)) for text in drain)
-        scenario = Scenario(shape, speed_up, seed, outages, drains, lag, Target(ttft, tpot))
+        scenario = Scenario(shape, speed_up, seed, outages, drains, lag, LatencyTarget(ttft, tpot))
         outcomes = _replays(_requests(trace, seed, limit), policy or POLICIES, scenario, quiet, why)
         console = Console()
         console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off

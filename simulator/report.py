@@ -14,7 +14,7 @@ from simulator.traces import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LatencyTarget:
     """What a request must meet to count as good."""
 
     ttft_s: float = 10.0
@@ -86,7 +86,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def outcome(
-    policy: str, trace: Listing[TraceRequest], engines: Listing[SimulatedEngine], record: ReplayRecord, target: Target
+    policy: str, trace: Listing[TraceRequest], engines: Listing[SimulatedEngine], record: ReplayRecord, target: LatencyTarget
 ) -> Outcome:
     output = np.array([request.output_tokens for request in trace])
     served = ~np.isnan(record.ended_s) & ~record.refused

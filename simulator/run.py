@@ -20,7 +20,7 @@ from scheduler.protocol.messages import NO_TOKEN, Deltas, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused, blocks_for
 from simulator.engines import ClusterShape, SimulatedEngine
-from simulator.report import Outcome, ReplayRecord, Target, outcome
+from simulator.report import LatencyTarget, Outcome, ReplayRecord, outcome
 from simulator.routers import ApproximateIndex, MirroredIndex, RoundRobin, Router, least_load, longest_prefix
 from simulator.stopwatch import Stopwatch
 from simulator.traces import TraceRequest
@@ -72,7 +72,7 @@ class Scenario:
     outages: tuple[Outage, ...] = ()
     drains: tuple[Drain, ...] = ()
     lag_s: float = 1.0
-    target: Target = field(default_factory=Target)
+    target: LatencyTarget = field(default_factory=LatencyTarget)
 
     def __post_init__(self) -> None:
         if not (self.speed_up > 0 and self.lag_s >= 0):

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from scheduler.config import CacheConfig, Resolved
-from scheduler.options import Rule, at_least, at_most, one_of, option
+from scheduler.options import OptionRule, at_least, at_most, one_of, option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 KV_DTYPES = ("auto", "fp8")
@@ -83,12 +83,12 @@ class GroupsConfig:
     lora: tuple[str, ...] = option(
         (),
         "NAME=FOLDER of a LoRA adapter in PEFT's format, served as a model of that name; repeatable.",
-        Rule(lambda pairs: all(name and folder for name, folder in map(_parted, pairs)), "is not NAME=FOLDER"),
-        Rule(
+        OptionRule(lambda pairs: all(name and folder for name, folder in map(_parted, pairs)), "is not NAME=FOLDER"),
+        OptionRule(
             lambda pairs: all(is_adapter_name(name) for name, _ in map(_parted, pairs)),
             f"has a name that is none: take up to {MOST_NAME_CHARACTERS} printable characters",
         ),
-        Rule(lambda pairs: len(dict(map(_parted, pairs))) == len(pairs), "has a name twice: choose another"),
+        OptionRule(lambda pairs: len(dict(map(_parted, pairs))) == len(pairs), "has a name twice: choose another"),
         shown="none",
     )
     max_loras: int | None = option(
@@ -166,7 +166,7 @@ class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
     gpu_memory_fraction: float = option(
         0.9,
         "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1.",
-        Rule(lambda share: 0.0 < share <= 1.0, "is outside (0, 1]: try 0.9"),
+        OptionRule(lambda share: 0.0 < share <= 1.0, "is outside (0, 1]: try 0.9"),
     )
     max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", at_least(1), shown="the model's own")
     attention: str = option("auto", f"Attention kernels: {', '.join(ATTENTION_BACKENDS)}.", one_of(ATTENTION_BACKENDS))

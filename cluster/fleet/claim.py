@@ -11,7 +11,7 @@ from scheduler.protocol.orphans import Estate
 NAMESPACE = b"manta"
 
 
-class Claim:
+class OwnerClaim:
     """On one estate; made with its birth. number: of this owner, higher than those of all before it."""
 
     def __init__(self, estate: Estate) -> None:

@@ -24,7 +24,7 @@ import kvcache
 import scheduler
 import workers
 from cluster.config import EngineConfig
-from cluster.fleet.claim import Claim
+from cluster.fleet.claim import OwnerClaim
 from scheduler.config import CoreConfig, QueueBounds
 from scheduler.protocol.orphans import Estate
 from scheduler.protocol.silence import Silence
@@ -176,7 +176,7 @@ class Owner:
     def __init__(self, estate: Estate) -> None:
         self.estate = estate
         self.deaf = False
-        self._claim = Claim(estate)
+        self._claim = OwnerClaim(estate)
         self._silence = Silence(time.monotonic(), LOOK_S)
         self._silence.heard(ACTORS, time.monotonic())
         self._asked: dict[Any, Any] = {}

@@ -14,7 +14,7 @@ import torch
 
 from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineLost, EngineStats, OnDeltas, OnFailure, Progress
-from cluster.local.groups import EPOCH, Groups, ThreadGroups
+from cluster.local.groups import EPOCH, LocalGroups, ThreadGroups
 from cluster.local.process import ProcessGroups
 from cluster.resolve import resolve
 from kvcache.ids import GroupId
@@ -61,7 +61,7 @@ class LocalEngine:
         self,
         config: EngineConfig,
         resolved: Resolved,
-        groups: Groups,
+        groups: LocalGroups,
         on_deltas: OnDeltas,
         on_failure: OnFailure,
         bounds: QueueBounds | None = None,

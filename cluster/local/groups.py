@@ -46,7 +46,7 @@ class GroupHost(Protocol):
         ...
 
 
-class Groups(Protocol):
+class LocalGroups(Protocol):
     """Groups that run somewhere, in these threads or in a process of their own."""
 
     def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:

@@ -53,13 +53,13 @@ class Doing(msgspec.Struct, frozen=True, array_like=True, tag=3):
     what: str
 
 
-class Started(msgspec.Struct, frozen=True, array_like=True, tag=4):
+class RanksReady(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """All ranks are ready; or, with an error (pickled), none is."""
 
     error: bytes = b""
 
 
-FromChild = GroupUp | GroupSays | GroupLost | Doing | Started
+FromChild = GroupUp | GroupSays | GroupLost | Doing | RanksReady
 
 
 class GroupCommands(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -145,7 +145,7 @@ class ProcessGroups:
                 host.group_lost(group, reason)
             case Doing(what):
                 self._progress(what)
-            case Started(error):
+            case RanksReady(error):
                 self._error = pickle.loads(error) if error else None
                 self._started.set()
 
@@ -196,10 +196,10 @@ def _start(groups: ThreadGroups, parent: _Parent, connection: FrameSocket) -> No
     try:
         groups.start(parent, parent.progress)
     except BaseException as error:
-        connection.send(Started(_pickled(error)))
+        connection.send(RanksReady(_pickled(error)))
         return
     settle()
-    connection.send(Started())
+    connection.send(RanksReady())
 
 
 def _pickled(error: BaseException) -> bytes:

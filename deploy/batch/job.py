@@ -24,9 +24,9 @@ from deploy.batch.journal import Journal
 from deploy.batch.lines import (
     BadLine,
     BatchRequest,
+    BatchResponse,
     Line,
     LineError,
-    Response,
     Result,
     bad_line_id,
     encode,
@@ -70,7 +70,7 @@ class Limits:
                 raise ConfigError(f"{option} {value} is below {low}: raise it")
 
 
-class Window:
+class RequestWindow:
     """Room for requests under way. One task enters, any task leaves."""
 
     def __init__(self, limits: Limits) -> None:
@@ -102,7 +102,7 @@ class BatchJob:
         self._limits = limits
         self._input: Iterator[Line] = read_lines(file, limits.line_bytes)
         self._tally = tally
-        self._window = Window(limits)
+        self._window = RequestWindow(limits)
         self._done: set[bytes] = set()
         self._seen: set[bytes] = set()
         self._warnings: set[str] = set()
@@ -183,7 +183,7 @@ class BatchJob:
         try:
             answer = await self._answer(request, backend)
             self._tell(request.custom_id, answer.warnings)
-            response = Response(answer.status, request.id, msgspec.Raw(answer.body))
+            response = BatchResponse(answer.status, request.id, msgspec.Raw(answer.body))
             await self._write(encode(Result(request.id, request.custom_id, response)))
             self._tally.count(size_bytes, failed=answer.status >= 400, output_tokens=answer.output_tokens)
         finally:

@@ -58,7 +58,7 @@ class BadLine(Exception):
         self.custom_id = custom_id
 
 
-class Response(msgspec.Struct, frozen=True):
+class BatchResponse(msgspec.Struct, frozen=True):
     """What the endpoint said, or would have said. body: JSON."""
 
     status_code: int
@@ -79,7 +79,7 @@ class Result(msgspec.Struct, frozen=True):
 
     id: str
     custom_id: str | None
-    response: Response | None = None
+    response: BatchResponse | None = None
     error: LineError | None = None
 
 

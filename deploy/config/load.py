@@ -85,11 +85,11 @@ class Config:
     engine: EngineConfig
     sampling: SamplingParams
     serve: ServeConfig
-    further: tuple["ModelConfig", ...] = ()
+    further: tuple["ModelSettings", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelSettings:
     """One model of several. serve: the endpoint's settings, with what is this model's own and its name."""
 
     engine: EngineConfig
@@ -122,7 +122,7 @@ def load_config(
     return config
 
 
-def model_config(name: str, settings: Mapping[str, Any], endpoint: ServeConfig) -> ModelConfig:
+def model_config(name: str, settings: Mapping[str, Any], endpoint: ServeConfig) -> ModelSettings:
     """A model beside the others of an endpoint, by the keys of its entry below `models:`. Errors: ConfigError."""
     return _model(name, settings, {}, {}, endpoint)
 
@@ -275,7 +275,7 @@ def _config(
 
 def _model(
     name: Any, settings: Mapping[Any, Any], engine: Mapping[str, Any], serve: Mapping[str, Any], endpoint: ServeConfig
-) -> ModelConfig:
+) -> ModelSettings:
     """engine, serve: values that all models of the endpoint have in common. Errors: ConfigError."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"models: {name!r} is no name: write what clients shall ask for, in quotes if it is a number")
@@ -286,7 +286,7 @@ def _model(
     values = {key: value for key, value in settings.items() if key not in own}
     try:
         described = _settings({**serve, **own, "served_model_name": name}, ServeConfig)
-        return ModelConfig(engine_config({**engine, **values}), for_model(endpoint, described))
+        return ModelSettings(engine_config({**engine, **values}), for_model(endpoint, described))
     except ValueError as error:
         raise ConfigError(f"models.{name}: {error}") from None
 

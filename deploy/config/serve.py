@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scheduler.config import QueueBounds
-from scheduler.options import Rule, above_0, at_least, check, one_of, option, options
+from scheduler.options import OptionRule, above_0, at_least, check, one_of, option, options
 from workers.model.sources.naming import folder_of, kind_of
 
 LOG_FORMATS = ("text", "json")
@@ -21,7 +21,7 @@ REASONING_PARSERS = ("auto", "none", "openai", "think")
 FURTHER = ":"
 """Stands in the name of a Serve application between that of an endpoint and that of a model beside its first."""
 
-PORTS = Rule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
+PORTS = OptionRule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
 
 
 def _is_path(prefix: str) -> bool:
@@ -39,12 +39,12 @@ class AddressConfig:
     app_name: str = option(
         "manta",
         "Name of the application on a Ray cluster that serves others, too.",
-        Rule(lambda name: name and not {"#", FURTHER} & {*name}, f"cannot be one: choose a name without # and {FURTHER}"),
+        OptionRule(lambda name: name and not {"#", FURTHER} & {*name}, f"cannot be one: choose a name without # and {FURTHER}"),
     )
     route_prefix: str = option(
         "/",
         "Path below which a Ray cluster serves this application, beside others.",
-        Rule(_is_path, "is not a path: write / or, for example, /qwen"),
+        OptionRule(_is_path, "is not a path: write / or, for example, /qwen"),
     )
 
     @property

@@ -21,7 +21,7 @@ Inbox = queue.SimpleQueue[Deltas | str | None]
 wait for the front end's thread, which calls the engine. It is bounded by the tokens that live requests may still bring."""
 
 
-class Connection:
+class EngineConnection:
     """Connected from its birth. Errors: what `connect` raises."""
 
     def __init__(self, connect: Connect) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from cluster.engine import Connect, EngineError, EngineLost, RequestStream
-from deploy.frontend.connection import Connection
+from deploy.frontend.connection import EngineConnection
 from deploy.frontend.generation.choice import Told
 from deploy.frontend.generation.generation import Generation, Notify
 from deploy.frontend.generation.submission import Submission
@@ -55,7 +55,7 @@ class FrontEnd:
         self._next_stream = 0
         self._lost: str | None = None
         self._up = True
-        self._connection = Connection(connect)
+        self._connection = EngineConnection(connect)
         self._thread = threading.Thread(target=self._pump, name="manta-frontend", daemon=True)
         self._thread.start()
 

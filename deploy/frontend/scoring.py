@@ -18,7 +18,7 @@ from deploy.frontend.outputs import (
     ScoringRequestOutput,
     Vector,
 )
-from deploy.text.content import Content, Conversation, Pair, PromptError
+from deploy.text.content import Content, Conversation, PromptError, TextPair
 from deploy.text.tokenizer import Tokenizer
 from workers.model.pooling import Uses
 
@@ -94,7 +94,7 @@ class Scoring:
             said = "no template for pairs could be told of chat_template_kwargs: leave them out"
             raise PromptError(said, "chat_template_kwargs")
         if together:
-            contents = [_in_template(pair, template_kwargs) if has_template else Pair(*pair) for pair in pairs]
+            contents = [_in_template(pair, template_kwargs) if has_template else TextPair(*pair) for pair in pairs]
             return cls(contents, "score", [(place,) for place in range(len(pairs))], [(pair, 1) for pair in range(len(pairs))])
         origins: dict[str, tuple[int, int]] = {}
         for number, pair in enumerate(pairs):

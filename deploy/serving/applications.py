@@ -8,7 +8,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
-from deploy.config.load import ConfigError, ModelConfig
+from deploy.config.load import ConfigError, ModelSettings
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS
 from deploy.serving.replicas.engine import further_applications, further_name
@@ -69,7 +69,7 @@ def start_proxies(limits: ServeConfig) -> None:
 class FurtherStarts:
     """Says how the models beside the first come up: each in its own time, and none holds up another."""
 
-    def __init__(self, models: Sequence[ModelConfig], app_name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, models: Sequence[ModelSettings], app_name: str, say: Callable[[str], None]) -> None:
         self._app_name = app_name
         self._coming = {model.name: further_name(app_name, model.name) for model in models}
         self._said: dict[str, str] = {}

@@ -170,7 +170,7 @@ def guard(binary: str, file: Path, first: int) -> None:
     second, started_s = _start([*command, *takes_over]), time.monotonic()
     _note(note, second.pid)
     needed_s = time.monotonic()
-    watches = [Watch(file), Watch(folder / "second.cfg")]
+    watches = [Watchdog(file), Watchdog(folder / "second.cfg")]
     while file.exists():
         time.sleep(GUARD_POLL_S)
         for watch, process in zip(watches, (first, second.pid), strict=True):
@@ -203,7 +203,7 @@ def _start(command: list[str]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
-class Watch:
+class Watchdog:
     """Whether one of the two answers. file: its configuration."""
 
     def __init__(self, file: Path) -> None:

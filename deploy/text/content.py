@@ -38,14 +38,14 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TextPair:
     """Two texts that a classifier sees together, joined as the checkpoint's tokenizer joins pairs."""
 
     first: str
     second: str
 
 
-Content = str | list[int] | Conversation | Pair
+Content = str | list[int] | Conversation | TextPair
 """Text, token ids, a conversation, or two texts."""
 
 

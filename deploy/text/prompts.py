@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.text.content import Content, Conversation, Pair, PromptError, PromptTooLong
+from deploy.text.content import Content, Conversation, PromptError, PromptTooLong, TextPair
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Adapter, Pooling, context_length
 from scheduler.protocol.sampling import SamplingParams
@@ -105,7 +105,7 @@ class PromptParser:
             prompt = Prompt(self._chat(content), params, terms, answered=True, adapter=self.adapter)
         elif isinstance(content, str):
             prompt = Prompt(self._encode(content), params, terms, content, adapter=self.adapter)
-        elif isinstance(content, Pair):
+        elif isinstance(content, TextPair):
             prompt = Prompt(self._encode_pair(content), params, terms, adapter=self.adapter)
         else:
             prompt = Prompt(content, params, terms, adapter=self.adapter)
@@ -118,7 +118,7 @@ class PromptParser:
         _check_size("cache_salt", (terms.salt,), MOST_SALT_CHARACTERS)
         if isinstance(content, Conversation):
             ids = self._chat(content)
-        elif isinstance(content, Pair):
+        elif isinstance(content, TextPair):
             ids = self._encode_pair(content)
         else:
             ids = self._encode(content) if isinstance(content, str) else content
@@ -148,7 +148,7 @@ class PromptParser:
         tokenizer = self._need_tokenizer()
         return self._within(text, partial(tokenizer.encode, around=around))
 
-    def _encode_pair(self, pair: Pair) -> list[int]:
+    def _encode_pair(self, pair: TextPair) -> list[int]:
         """Errors: as `_encode`."""
         tokenizer = self._need_tokenizer()
         if len(pair.first) > self.limits.max_tokens:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from deploy.text.content import Content, Conversation, Pair
+from deploy.text.content import Content, Conversation, TextPair
 
 LONG_CHARACTERS = 8192
 SHORT_AT_ONCE, LONG_AT_ONCE = 4, 2
@@ -35,7 +35,7 @@ def is_long(content: Content | Sequence[int]) -> bool:
     parts: list[Any] = [content]
     if isinstance(content, Conversation):
         parts = [content.messages, content.tools, content.template_kwargs]
-    elif isinstance(content, Pair):
+    elif isinstance(content, TextPair):
         parts = [content.first, content.second]
     while parts and left >= 0:
         part = parts.pop()

@@ -9,7 +9,7 @@ import math
 from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
 from scheduler import policy
-from scheduler.placement.routing import Newcomer, Routing, Source
+from scheduler.placement.routing import GroupRouter, Newcomer, Source
 from scheduler.protocol.leaders import LeaseId, Moved
 from scheduler.protocol.messages import Misses
 from scheduler.running import leases
@@ -27,10 +27,10 @@ MOST_PASSED = 8
 
 
 class Admission:
-    """Works on the shared state; its own are the columns of `Routing` and the serials of leases."""
+    """Works on the shared state; its own are the columns of `GroupRouter` and the serials of leases."""
 
     def __init__(self, state: ClusterState) -> None:
-        self.routing = Routing(state)
+        self.routing = GroupRouter(state)
         self._state = state
         self._serials = 0
 

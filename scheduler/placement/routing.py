@@ -65,7 +65,7 @@ class Newcomer:
     source: Source | None = None
 
 
-class Routing:
+class GroupRouter:
     """groups: in the order in which they came up. backlog, running: as in `policy.GroupLoad`. room: blocks that a
     newcomer may take, below 0 where none may start. free, available, blocks: blocks of the pool. receiving: blocks on their way
     to it. senders: the groups, by id, that can exchange blocks with others. explain: who is told of every decision.

@@ -36,7 +36,7 @@ class Handover(NamedTuple):
     epochs: dict[int, int]
 
 
-class Told(NamedTuple):
+class SchedulerSettings(NamedTuple):
     """What a scheduler was told: the whole configuration of its cluster, of which its types let it see its own part."""
 
     config: CoreConfig
@@ -63,7 +63,7 @@ class SchedulerActor:
         configure(log_format, role="scheduler")
         if config.log_decisions:
             why.show()
-        self._told = Told(config, resolved, bounds, log_format)
+        self._told = SchedulerSettings(config, resolved, bounds, log_format)
         self._core = SchedulerCore(config, resolved, bounds)
         self._closed = asyncio.Event()
         self._token = token
@@ -88,7 +88,7 @@ class SchedulerActor:
         epochs = {int(group): epoch for group, epoch in self._core.epochs.items()}
         return Handover(ray.util.get_node_ip_address(), self._port, self._token, epochs)
 
-    async def told(self) -> Told:
+    async def told(self) -> SchedulerSettings:
         """For whoever is to keep it and its groups, and was told something else himself."""
         return self._told
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from cluster.config import EngineConfig
 from cluster.local.engine import LocalEngine
-from cluster.local.groups import Groups
+from cluster.local.groups import LocalGroups
 from scheduler.config import Resolved
 from scheduler.protocol.messages import Deltas, Request
 from scheduler.protocol.sampling import SamplingParams
@@ -22,7 +22,7 @@ def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
             raise RuntimeError("not this one")
 
     config, resolved = EngineConfig(model="none", block_size=16), Resolved(max_model_len=64)
-    engine = LocalEngine(config, resolved, cast(Groups, None), hear, lambda _: None)
+    engine = LocalEngine(config, resolved, cast(LocalGroups, None), hear, lambda _: None)
     too_long = np.zeros(65, np.int32).tobytes()
     engine.submit([Request(stream, too_long, b"", SamplingParams()) for stream in range(3)])
     assert told == [0, 1, 2]

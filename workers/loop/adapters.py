@@ -45,7 +45,7 @@ class AdapterStore(Protocol):
 
 
 @dataclass(slots=True)
-class Slot:
+class AdapterSlot:
     """One adapter's place. load: number of its reading. ready: it is over on all ranks. rows: that have it."""
 
     adapter: Adapter
@@ -68,7 +68,7 @@ class Residency:
         self._batch = batch
         self._store = store
         self._free = list(range(slots - 1, -1, -1))
-        self._slots: OrderedDict[int, Slot] = OrderedDict()  # the least recently used first
+        self._slots: OrderedDict[int, AdapterSlot] = OrderedDict()  # the least recently used first
         self._waiting: dict[int, Adapter] = {}  # rows, the longest wait first
         self._loads = 0
         self._refused: list[tuple[tuple[int, ...], str]] = []
@@ -155,7 +155,7 @@ class Residency:
             number = next((number for number, slot in self._slots.items() if slot.adapter == adapter), None)
             if number is None and (number := self._vacant()) is not None:
                 self._loads += 1
-                self._slots[number] = Slot(adapter, self._loads)
+                self._slots[number] = AdapterSlot(adapter, self._loads)
                 self._store.begin(self._loads, number, adapter, lambda said: self.on_read(said))
             if number is None:
                 return

@@ -20,7 +20,7 @@ class Term:
     epoch: int
 
 
-class Terms:
+class SchedulerTerms:
     """The leader's loop calls `begin`, `next` and `end`; the others come from any other thread. patience_s: for word of the
     next scheduler, or that there will be one."""
 

@@ -49,7 +49,7 @@ class PairOffer(msgspec.Struct, frozen=True, array_like=True, tag=2):
     pair: int
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True, tag=3):
+class StoreEntry(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """A key of the store by which the two make a communicator."""
 
     key: str
@@ -86,7 +86,7 @@ class Connection:
 
     # ---- frames
 
-    def send(self, message: Challenge | Claim | Confirmed | PairOffer | Entry | Done) -> None:
+    def send(self, message: Challenge | Claim | Confirmed | PairOffer | StoreEntry | Done) -> None:
         self.send_bytes(memoryview(frame(message)))
 
     def receive(self, kind: type[T], most: int = MAX_FRAME_BYTES) -> T:
@@ -105,7 +105,7 @@ class Connection:
 
     def receive_done(self) -> None:
         """Passes over what is left of a store."""
-        kinds: type[Entry | Done] = Entry | Done  # type: ignore[assignment]
+        kinds: type[StoreEntry | Done] = StoreEntry | Done  # type: ignore[assignment]
         while not isinstance(self.receive(kinds), Done):
             pass
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from kvcache.pool import KVPool
-from workers.moving.connection import Connection, Entry
+from workers.moving.connection import Connection, StoreEntry
 from workers.moving.mover import TIMEOUT_S, Shard
 
 STAGE_BYTES = 64 << 20
@@ -44,12 +44,12 @@ class ConnectionStore(Store):
     def set(self, key: str, value: bytes | str) -> None:
         raw = value.encode() if isinstance(value, str) else bytes(value)
         self._values[key] = raw
-        self._connection.send(Entry(key, raw))
+        self._connection.send(StoreEntry(key, raw))
 
     def get(self, key: str) -> bytes:
         with self._lock:
             while key not in self._values:
-                entry = self._connection.receive(Entry)
+                entry = self._connection.receive(StoreEntry)
                 self._values[entry.key] = entry.value
         return self._values[key]
 
@@ -67,7 +67,7 @@ class ConnectionStore(Store):
         return self
 
 
-class Pair:
+class PairCommunicator:
     """A communicator of two. Its first message makes it, which waits for the other side in the backend's own way: that ends
     when the other process does, not before."""
 
@@ -102,7 +102,7 @@ class PairWire:
         self._pool = pool
         self._timeout_s = timeout_s
         self._batch = max(1, stage_bytes // pool.layout.block_bytes)
-        self._pairs: dict[tuple[int, int, int], Pair] = {}  # (group, epoch, this side's rank)
+        self._pairs: dict[tuple[int, int, int], PairCommunicator] = {}  # (group, epoch, this side's rank)
         self._made = 0
         self._lock = threading.Lock()
 
@@ -145,7 +145,7 @@ class PairWire:
             self._drop(key)
 
     @contextlib.contextmanager
-    def _using(self, connection: Connection, shard: Shard, number: int, rank: int) -> Iterator[Pair]:
+    def _using(self, connection: Connection, shard: Shard, number: int, rank: int) -> Iterator[PairCommunicator]:
         """The pair of that number, made if need be, with the side stream current; ends it if anything goes wrong."""
         key = (shard.group, shard.epoch, rank)
         try:
@@ -153,7 +153,7 @@ class PairWire:
                 pair = self._pairs.get(key)
                 if pair is None or pair.number != number:
                     self._drop(key)
-                    pair = self._pairs[key] = Pair(number, rank, self._pool.device, connection)
+                    pair = self._pairs[key] = PairCommunicator(number, rank, self._pool.device, connection)
                 yield pair
 
             def check() -> None:

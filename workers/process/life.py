@@ -22,7 +22,7 @@ from workers.loop.ledger import Ledger, inventory
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
 from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
-from workers.loop.terms import Term, Terms
+from workers.loop.terms import SchedulerTerms, Term
 from workers.model.sources.files import Need
 from workers.model.sources.find import find_checkpoint
 from workers.model.sources.progress import DOWNLOADING, in_words
@@ -66,7 +66,7 @@ class RankLife:
         self._timeout_s = timeout_s
         self._host = host
         self._entered, self._served = entered, served
-        self.terms = Terms(config.abandoned_after_s)
+        self.terms = SchedulerTerms(config.abandoned_after_s)
         """Rank 0's: whom it serves, and whom next."""
         self._listener: socket.socket | None = None
         self._comm: JoinedGroup | None = None

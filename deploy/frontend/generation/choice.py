@@ -38,7 +38,7 @@ class OutputGap(RuntimeError):
     """Something of an output was committed and has not arrived here: what follows cannot be told."""
 
 
-class Choice:
+class GrowingChoice:
     """One stream: the tokens of one choice and their text so far. Guarded by its generation's lock.
 
     Its reasons are told with its end: a stop string that was found before is no end yet.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deploy.frontend.generation.choice import NOTHING_TOLD, WHOLE_ENDS, Choice, OutputGap, Told
+from deploy.frontend.generation.choice import NOTHING_TOLD, WHOLE_ENDS, GrowingChoice, OutputGap, Told
 from deploy.frontend.generation.submission import Submission
 from deploy.frontend.outputs import OutputDelta, PromptEntries, RequestOutput, Vector, read_logprobs
 from deploy.text.prompts import Prompt
@@ -75,7 +75,7 @@ class Generation:
         self.hashes = submission.request.hashes
         self._lock = threading.Lock()
         self._choices = [
-            Choice(index, prompt, stop_ids, tokenizer, each_token, had)
+            GrowingChoice(index, prompt, stop_ids, tokenizer, each_token, had)
             for index, had in enumerate(told or [NOTHING_TOLD] * params.n)
         ]
         self._prompt_logprobs = None if params.prompt_logprobs is None else PromptTable(prompt, tokenizer)
@@ -110,12 +110,12 @@ class Generation:
                 self._prompt_logprobs.fill(part)
 
     def extend(self, stream: int, position: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> int | None:
-        """As `Choice.extend`, for the choice of this stream."""
+        """As `GrowingChoice.extend`, for the choice of this stream."""
         with self._lock:
             return self._choices[stream - self.stream].extend(position, tokens, logprobs)
 
     def unread(self, stream: int) -> int:
-        """As `Choice.unread`, for the choice of this stream."""
+        """As `GrowingChoice.unread`, for the choice of this stream."""
         return self._choices[stream - self.stream].unread
 
     def lose(self, reason: str, now_s: float) -> list[Finished]:
@@ -137,7 +137,7 @@ class Generation:
         return {c.index: c.token_ids for c in self._choices if c.finished is None and not c.stopped}
 
     def end(self, finished: Finished) -> None:
-        """As `Choice.end`, for the choice of this stream."""
+        """As `GrowingChoice.end`, for the choice of this stream."""
         with self._lock:
             if finished.reason in WHOLE_ENDS and sum(choice.finished is None for choice in self._choices) == 1:
                 self._check_prompt()

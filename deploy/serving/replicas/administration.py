@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import EngineConfig
-from deploy.config.load import ModelConfig, model_config
+from deploy.config.load import ModelSettings, model_config
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import ApiKeys
 from deploy.frontend.errors import Fault, RequestError
@@ -118,7 +118,7 @@ class ServeAdministration:
         limits = replace(told.config.serve, served_model_name=model)
         engine = replace(told.config.engine, model=checkpoint, revision=revision)
         with _invalid("checkpoint"):
-            config = ModelConfig(await asyncio.to_thread(pinned, engine), limits)
+            config = ModelSettings(await asyncio.to_thread(pinned, engine), limits)
             await asyncio.to_thread(ServedModel.checked, config.engine, config.serve)
             groups = await self._asked(opened.engine.wanted.remote())
             following = await asyncio.to_thread(further_application, config, told.threads, groups)

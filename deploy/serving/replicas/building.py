@@ -9,7 +9,7 @@ from ray.serve import Application
 from deploy.config.load import (
     MODEL_SERVE_KEYS,
     ConfigError,
-    ModelConfig,
+    ModelSettings,
     endpoint_config,
     read_api_keys,
     read_key_priorities,
@@ -49,4 +49,4 @@ def build_further(args: Mapping[str, Any]) -> Application:
     config = endpoint_config(args)
     if config.further:
         raise ConfigError("models: names several: write an application for each of them")
-    return further_application(ModelConfig(config.engine, config.serve), config.engine.threads or 1)
+    return further_application(ModelSettings(config.engine, config.serve), config.engine.threads or 1)

@@ -5,7 +5,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from cluster.fleet.estate import version_of
-from deploy.config.load import ModelConfig
+from deploy.config.load import ModelSettings
 from deploy.config.serve import ServeConfig
 from deploy.serving.replicas.engine import EngineReplica
 from workers.model.sources.find import pinned
@@ -20,7 +20,7 @@ QUIET = LoggingConfig(enable_access_log=False)
 """Serve would log every call, and front ends ask the Engine how the cluster is once a second."""
 
 
-def further_application(model: ModelConfig, threads: int, groups: int | None = None) -> Application:
+def further_application(model: ModelSettings, threads: int, groups: int | None = None) -> Application:
     """An Engine alone, which front ends find by the name of the application. Its requests have all their time to end in."""
     engine = pinned(model.engine)
     version = version_of(engine, model.serve, threads)

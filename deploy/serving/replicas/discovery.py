@@ -25,7 +25,7 @@ from deploy.frontend.models.further import FurtherModel, FurtherModels, ModelSta
 from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
-from deploy.serving.replicas.engine import Told, further_applications, further_name
+from deploy.serving.replicas.engine import ServedVersion, further_applications, further_name
 from scheduler.protocol.orphans import Estate
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Opened:
     """A further model that this front end serves, with the adapters beside it. tasks: what runs for it, the last one first at
     its end."""
 
-    told: Told
+    told: ServedVersion
     engine: DeploymentHandle
     model: FurtherModel
     adapters: ServedAdapters
@@ -80,9 +80,9 @@ class Discovery:
         self._there: dict[str, str | None] = {}  # by application, as all that follows: why Serve has given it up
         self._engines: dict[str, DeploymentHandle] = {}
         self._opened: dict[str, Opened] = {}
-        self._opening: dict[str, tuple[Told, asyncio.Task[None]]] = {}
+        self._opening: dict[str, tuple[ServedVersion, asyncio.Task[None]]] = {}
         self._leaving: dict[asyncio.Task[None], Opened] = {}
-        self._refused: dict[str, tuple[Told, float, str]] = {}  # when it may be tried again, and why it was refused
+        self._refused: dict[str, tuple[ServedVersion, float, str]] = {}  # when it may be tried again, and why it was refused
 
     def opened(self, model: str) -> tuple[str, Opened] | None:
         """The application of a model, by the name of the model."""
@@ -172,7 +172,7 @@ class Discovery:
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 engine = await self._engine_of(application)
-                told: Told = await engine.told.remote()
+                told: ServedVersion = await engine.told.remote()
         except Exception as error:  # it is not there yet, or is being replaced: what is served goes on
             logger.debug("the Engine of %s does not answer: %s", application, error)
             return
@@ -196,7 +196,7 @@ class Discovery:
             self._engines[application] = handle
         return self._engines[application]
 
-    async def _open(self, application: str, engine: DeploymentHandle, told: Told) -> None:
+    async def _open(self, application: str, engine: DeploymentHandle, told: ServedVersion) -> None:
         """Serves what is told, in place of what the application served before, once there are groups for it."""
         before = self._opened.get(application)
         try:
@@ -221,7 +221,7 @@ class Discovery:
             self._leave(before)
 
     @contextlib.asynccontextmanager
-    async def _service(self, application: str, engine: DeploymentHandle, told: Told) -> AsyncIterator[Opened]:
+    async def _service(self, application: str, engine: DeploymentHandle, told: ServedVersion) -> AsyncIterator[Opened]:
         """Runs from here on, unless the body fails. Errors: ValueError, OSError."""
         limits = for_model(self._limits, told.config.serve)
         model = await asyncio.to_thread(ServedModel.of, told.config.engine, limits)

@@ -25,7 +25,7 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.rolling import Roll, other_versions
 from cluster.fleet.shelf import AdapterShelf
 from cluster.launch import plan
-from deploy.config.load import ModelConfig, reject_unknown
+from deploy.config.load import ModelSettings, reject_unknown
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.openai.responses.store.shared import end_responses
 from scheduler.logs import configure
@@ -43,10 +43,10 @@ LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ServedVersion:
     """What an Engine serves. threads: of each CPU rank. version: of it all."""
 
-    config: ModelConfig
+    config: ModelSettings
     threads: int
     version: str
 
@@ -81,10 +81,10 @@ class EngineReplica:
         """Of what is served from now on."""
         return self._version
 
-    async def told(self) -> "Told":
+    async def told(self) -> "ServedVersion":
         """What front ends have to know of what is served from now on."""
         engine, limits, threads = self._told
-        return Told(ModelConfig(engine, limits), threads, self._version)
+        return ServedVersion(ModelSettings(engine, limits), threads, self._version)
 
     async def wanted(self) -> int:
         """Groups that were asked for, by whatever has been deployed."""

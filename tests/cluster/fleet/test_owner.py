@@ -59,7 +59,7 @@ class Claims:
 @pytest.fixture
 def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Owner]:
     monkeypatch.setattr(estate, "ray", PlayedRay())
-    monkeypatch.setattr(estate, "Claim", Claims)
+    monkeypatch.setattr(estate, "OwnerClaim", Claims)
     owner = Owner(Estate("somewhere", "version", estate.KEEPS * ROUND_S))
     yield owner
     owner.close()

@@ -8,9 +8,9 @@ import pytest
 
 from deploy.batch.lines import (
     BadLine,
+    BatchResponse,
     Line,
     LineError,
-    Response,
     Result,
     bad_line_id,
     encode,
@@ -116,7 +116,7 @@ def test_ids_tell_apart_what_differs_and_survive_a_round_trip() -> None:
 
 
 def test_a_result_is_one_line_even_if_its_body_was_not() -> None:
-    response = Response(200, "r", msgspec.Raw(b'{\r\n  "a": 1\n}'))
+    response = BatchResponse(200, "r", msgspec.Raw(b'{\r\n  "a": 1\n}'))
     line = encode(Result(result_id("x"), "x", response))
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")

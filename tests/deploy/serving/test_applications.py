@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.config import EngineConfig
-from deploy.config.load import EMBEDDED_MODEL, ModelConfig
+from deploy.config.load import EMBEDDED_MODEL, ModelSettings
 from deploy.config.serve import ServeConfig
 from deploy.serving import applications
 from deploy.serving.applications import FurtherStarts
@@ -23,7 +23,7 @@ def test_how_each_model_comes_up_or_why_it_has_failed_is_said_once(monkeypatch: 
     monkeypatch.setattr(applications, "further_applications", lambda _: given_up)
     monkeypatch.setattr(applications, "_status_of", status_of)
     engine, said = EngineConfig(model=str(EMBEDDED_MODEL)), list[str]()
-    models = [ModelConfig(engine, ServeConfig(served_model_name=name)) for name in "abc"]
+    models = [ModelSettings(engine, ServeConfig(served_model_name=name)) for name in "abc"]
     starts = FurtherStarts(models, "manta", said.append)
     for _ in range(2):
         starts.look()

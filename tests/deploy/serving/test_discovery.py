@@ -14,7 +14,7 @@ from ray.serve._private.common import DeploymentStatusInfo, DeploymentStatusTrig
 from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from cluster.config import EngineConfig
-from deploy.config.load import EMBEDDED_MODEL, ModelConfig
+from deploy.config.load import EMBEDDED_MODEL, ModelSettings
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.frontend.errors import Fault, RequestError
@@ -24,7 +24,7 @@ from deploy.serving.replicas import discovery as module
 from deploy.serving.replicas import engine as engine_module
 from deploy.serving.replicas.administration import ServeAdministration
 from deploy.serving.replicas.discovery import Discovery
-from deploy.serving.replicas.engine import Told, further_name
+from deploy.serving.replicas.engine import ServedVersion, further_name
 from deploy.text.prompts import Prompt
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.doors.http.conftest import ScriptedCluster
@@ -34,9 +34,9 @@ PATIENCE_S = 60.0
 OUTPUT = [200, 201, 202]
 
 
-def told(name: str, version: str = "1", **limits: Any) -> Told:
+def told(name: str, version: str = "1", **limits: Any) -> ServedVersion:
     engine = EngineConfig(model=str(EMBEDDED_MODEL))
-    return Told(ModelConfig(engine, ServeConfig(served_model_name=name, **limits)), 1, version)
+    return ServedVersion(ModelSettings(engine, ServeConfig(served_model_name=name, **limits)), 1, version)
 
 
 class FakeServe:
@@ -44,7 +44,7 @@ class FakeServe:
     versions of which groups are up. given_up: applications that Serve does not try any more, and why."""
 
     def __init__(self) -> None:
-        self.applications: dict[str, Told | None] = {}
+        self.applications: dict[str, ServedVersion | None] = {}
         self.building: set[str] = set()
         self.up: set[str] = {"1"}
         self.engines: dict[tuple[str, str], FakeEngine] = {}
@@ -76,7 +76,7 @@ class FakeHandle:
         self.told = self
         self._serve, self._application = serve, application
 
-    async def remote(self) -> Told:
+    async def remote(self) -> ServedVersion:
         if (answer := self._serve.applications[self._application]) is None:
             raise TimeoutError("the Engine is being replaced")
         return answer
@@ -248,7 +248,7 @@ def test_what_cannot_be_served_is_said_once_and_holds_up_nobody(
     fake: FakeServe, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     broken = told("broken")
-    config = ModelConfig(replace(broken.config.engine, model=str(tmp_path)), broken.config.serve)
+    config = ModelSettings(replace(broken.config.engine, model=str(tmp_path)), broken.config.serve)
     fake.applications = {"manta:broken": replace(broken, config=config), "manta:tiny": told("tiny"), "manta:a": told("a")}
 
     async def work(_: Discovery, further: FurtherModels) -> None:

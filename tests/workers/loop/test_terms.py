@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from workers.config import SchedulerAddress
-from workers.loop.terms import Term, Terms
+from workers.loop.terms import SchedulerTerms, Term
 
 PATIENCE_S = 60.0
 
@@ -19,13 +19,13 @@ def term(epoch: int) -> Term:
 class Calling:
     """A call from another thread, and what has become of it."""
 
-    def __init__(self, terms: Terms, called: Term) -> None:
+    def __init__(self, terms: SchedulerTerms, called: Term) -> None:
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._call, args=(terms, called), daemon=True)
         self._thread.start()
         until(lambda: terms._next is called or not self._thread.is_alive())
 
-    def _call(self, terms: Terms, called: Term) -> None:
+    def _call(self, terms: SchedulerTerms, called: Term) -> None:
         try:
             terms.call(called)
         except ConnectionError as error:
@@ -50,7 +50,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def test_a_leader_that_serves_one_leaves_it_for_the_next() -> None:
-    terms, left = Terms(PATIENCE_S), list[int]()
+    terms, left = SchedulerTerms(PATIENCE_S), list[int]()
     terms.begin(term(0), lambda: left.append(0))
     calling = Calling(terms, term(1))
     until(lambda: left == [0])
@@ -62,7 +62,7 @@ def test_a_leader_that_serves_one_leaves_it_for_the_next() -> None:
 
 
 def test_one_that_is_called_for_before_the_first_has_begun_is_next() -> None:
-    terms, left = Terms(PATIENCE_S), list[int]()
+    terms, left = SchedulerTerms(PATIENCE_S), list[int]()
     calling = Calling(terms, term(1))
     terms.begin(term(0), lambda: left.append(0))
     assert left == [0]
@@ -73,7 +73,7 @@ def test_one_that_is_called_for_before_the_first_has_begun_is_next() -> None:
 
 @pytest.mark.parametrize("what", ["cannot be reached", "another is called for", "the loop ends"])
 def test_a_term_that_does_not_begin_is_said(what: str) -> None:
-    terms = Terms(0.0 if what == "cannot be reached" else PATIENCE_S)
+    terms = SchedulerTerms(0.0 if what == "cannot be reached" else PATIENCE_S)
     calling = Calling(terms, term(1))
     if what == "cannot be reached":
         assert terms.next() == term(1)
@@ -92,7 +92,7 @@ def test_a_leader_waits_as_long_as_it_is_told_that_there_will_be_one(monkeypatch
     """By a clock of its own: however long this machine keeps a thread from running, nobody is late."""
     now_s = [0.0]
     monkeypatch.setattr("workers.loop.terms.time.monotonic", lambda: now_s[0])
-    terms, found = Terms(PATIENCE_S), list[Term | None]()
+    terms, found = SchedulerTerms(PATIENCE_S), list[Term | None]()
     waiting = threading.Thread(target=lambda: found.append(terms.next()))
     waiting.start()
     for _ in range(4):
@@ -107,4 +107,4 @@ def test_a_leader_waits_as_long_as_it_is_told_that_there_will_be_one(monkeypatch
 
 
 def test_nobody_is_waited_for_for_ever() -> None:
-    assert Terms(0.05).next() is None
+    assert SchedulerTerms(0.05).next() is None

@@ -13,7 +13,7 @@ from kvcache.layout import BlockLayout
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.execution.cpu.runner import ModelRunner
 from workers.model.checkpoint.dtype import Arithmetic, choose
-from workers.model.checkpoint.weights import Stored
+from workers.model.checkpoint.weights import StoredNumbers
 from workers.model.config.fields import CheckpointError
 from workers.model.decoder import Decoder
 from workers.model.layers.linear import can_pack
@@ -109,10 +109,10 @@ FULL, AVX2 = Arithmetic("AVX512", True, True), Arithmetic("AVX2", False, False)
 def test_auto_takes_what_the_processor_computes_in(
     stored: torch.dtype, arithmetic: Arithmetic, rows: int, room: int, dtype: torch.dtype, why: str
 ) -> None:
-    named = choose(stored, Stored(torch.float32, 1000), arithmetic, rows, room)
+    named = choose(stored, StoredNumbers(torch.float32, 1000), arithmetic, rows, room)
     assert named.dtype == dtype
     assert re.search(why, named.why)
-    left_open = choose(None, Stored(stored, 1000), arithmetic, rows, room)
+    left_open = choose(None, StoredNumbers(stored, 1000), arithmetic, rows, room)
     assert left_open.dtype == dtype
     assert re.search(why.replace("as config.json says", "as the weights are stored"), left_open.why)
 

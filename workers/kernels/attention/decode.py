@@ -31,7 +31,7 @@ INTERPRETED_PROCESSORS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class WorkList:
     """A step's work for the layers of one reach. items: [programs, FIELDS]; pieces, entries: [max_batch] of each row."""
 
     items: Tensor
@@ -91,10 +91,10 @@ class DecodeAttention:
         self._alone = SharedPrefixes(nothing, nothing, nothing)
         self._planned = self._alone
         self._contexts = nothing
-        self._cuts: dict[Reach, Cut] = {}
+        self._work: dict[Reach, WorkList] = {}
         for reach in {form.reach for form in self._forms}:
             items = torch.zeros((self._programs(max_batch), FIELDS), dtype=torch.int32, device=device)
-            self._cuts[reach] = Cut(items, *torch.zeros((2, max_batch), dtype=torch.int32, device=device))
+            self._work[reach] = WorkList(items, *torch.zeros((2, max_batch), dtype=torch.int32, device=device))
 
     def reserve(self, max_batch: int) -> None:
         """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
@@ -102,8 +102,8 @@ class DecodeAttention:
         self._make_rows(max_batch)
 
     def _buffers(self) -> list[Tensor]:
-        cuts = [tensor for cut in self._cuts.values() for tensor in (cut.items, cut.pieces, cut.entries)]
-        return [self._partial, self._lse, self._counters, self._alone.tokens, *cuts]
+        lists = [tensor for work in self._work.values() for tensor in (work.items, work.pieces, work.entries)]
+        return [self._partial, self._lse, self._counters, self._alone.tokens, *lists]
 
     @property
     def memory_bytes(self) -> int:
@@ -122,10 +122,10 @@ class DecodeAttention:
         self._planned = shared or self._alone
         self._contexts = context_lens
         units = batch + self.prefixes.sets(batch)
-        for reach, cut in self._cuts.items():
+        for reach, work in self._work.items():
             common = self._shared(reach)
             plan[(triton.cdiv(units, PLANNED_UNITS),)](
-                context_lens, common.tokens, common.sets, cut.items, cut.pieces, cut.entries, batch, units, self._shares,
+                context_lens, common.tokens, common.sets, work.items, work.pieces, work.entries, batch, units, self._shares,
                 self._programs(batch), KV_HEADS=self._kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
                 WINDOW=reach.window, CHUNK=reach.chunk, UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,
             )  # fmt: skip
@@ -147,7 +147,7 @@ class DecodeAttention:
         """
         layout, config, form = self._pool.layout, self.config, self._forms[layer]
         assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
-        cut, members = self._cuts[form.reach], self._shared(form.reach).members
+        work, members = self._work[form.reach], self._shared(form.reach).members
         batch = len(query)
         merge_rows = triton.next_power_of_2(self._group)
         shape = {"GROUP": self._group, "DIM": self._head_dim, "BLOCK_DIM": self._dim}
@@ -157,7 +157,7 @@ class DecodeAttention:
         scales = self._pool.scales(layer)
         scale = form.scale * LOG2_E * (1.0 if scales is None else scales[0])
         attend_piece[(self._programs(batch),)](
-            query, *turning, self._contexts, self._pool.data, block_tables, cut.items, members, cut.pieces, cut.entries, sinks,
+            query, *turning, self._contexts, self._pool.data, block_tables, work.items, members, work.pieces, work.entries, sinks,
             out, self._partial, self._lse, self._counters, layer, scale, *(scales or (None, None)),
             0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
             WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0,
@@ -169,6 +169,6 @@ class DecodeAttention:
         )  # fmt: skip
         if not config.atomic:
             merge[(batch, self._heads)](
-                self._partial, self._lse, sinks, out, cut.pieces, cut.entries, out.stride(0), **shape,
+                self._partial, self._lse, sinks, out, work.pieces, work.entries, out.stride(0), **shape,
                 PIECES=MERGED_NUMBERS // self._dim, DEPENDENT=config.dependent, num_warps=4, **launch,
             )  # fmt: skip

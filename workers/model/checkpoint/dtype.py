@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcache.layout import FP8
-from workers.model.checkpoint.weights import Stored
+from workers.model.checkpoint.weights import StoredNumbers
 
 WIDE_WEIGHTS_FRACTION = 0.5
 """Share of a host's memory that its ranks' weights may take together, to be kept wider than they are stored."""
@@ -52,7 +52,9 @@ def kv_dtype_name(kv_dtype: str, dtype: torch.dtype) -> str:
     return FP8 if kv_dtype == "fp8" else str(dtype).removeprefix("torch.")
 
 
-def choose(config_dtype: torch.dtype | None, stored: Stored, arithmetic: Arithmetic, max_num_seqs: int, room: int) -> Chosen:
+def choose(
+    config_dtype: torch.dtype | None, stored: StoredNumbers, arithmetic: Arithmetic, max_num_seqs: int, room: int
+) -> Chosen:
     """For `--dtype auto`. config_dtype: as config.json says; None: as the weights are stored. max_num_seqs: that run at
     once. room: bytes of memory that there are for all of a group's weights.
 

@@ -83,7 +83,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredNumbers:
     """What a checkpoint holds. dtype: of most of its numbers. numbers: how many there are."""
 
     dtype: torch.dtype
@@ -100,7 +100,7 @@ class ModelPart(Protocol):
         ...
 
 
-class _Told:
+class _ProgressSum:
     """Sums up what is told as progress."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
@@ -166,7 +166,7 @@ class Checkpoint:
         tensor: Tensor = view[...]
         return tensor
 
-    def stored(self) -> Stored:
+    def stored(self) -> StoredNumbers:
         """Of what is quantised, how many numbers it stands for. Errors: CheckpointError if most of the rest is no 16-, 32- or
         64-bit floats."""
         sizes: dict[str, int] = {}
@@ -177,7 +177,7 @@ class Checkpoint:
         kind = max(filter(None, sizes), key=lambda name: sizes[name], default="F32")
         if kind not in STORED_DTYPES:
             raise CheckpointError(f"the weights in {self._folder} are stored as {kind}: {_QUANTIZED}")
-        return Stored(STORED_DTYPES[kind], sum(sizes.values()))
+        return StoredNumbers(STORED_DTYPES[kind], sum(sizes.values()))
 
     def same_rows(self, one: str, other: str, start: int, stop: int, dtype: torch.dtype) -> bool:
         """Whether two matrices have equal rows [start, stop), in `dtype`. A block of them is read at a time, and both count as
@@ -200,7 +200,7 @@ class Checkpoint:
         for pieces in plan:
             self._check(pieces)
         self._refuse_unread({piece.name for pieces in plan for piece in pieces} | self._compared | spare)
-        told = _Told(progress, sum(piece.target.nbytes for pieces in plan for piece in pieces))
+        told = _ProgressSum(progress, sum(piece.target.nbytes for pieces in plan for piece in pieces))
         with StretchReader(threads) as reader:
             while plan:
                 part, pieces = parts[-len(plan)], plan.pop(0)
@@ -208,7 +208,7 @@ class Checkpoint:
                 del pieces  # the last references to the plain weights, which `filled` may free
                 part.filled()
 
-    def _read(self, reader: StretchReader, pieces: list[Piece], following: list[Piece], told: "_Told") -> None:
+    def _read(self, reader: StretchReader, pieces: list[Piece], following: list[Piece], told: "_ProgressSum") -> None:
         """following: the pieces after these."""
         found = [(piece, self._wanted(piece)) for piece in pieces]
 

@@ -56,7 +56,7 @@ class WeightForm:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class QuantizationRule:
     """targets: names of modules, "re:" and a pattern for them, or "Linear"."""
 
     targets: tuple[str, ...]
@@ -65,11 +65,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Which weights are quantised, and how. ignored: as `Rule.targets`, or names and parts of names. made: while loading, from
-    weights that are stored plain."""
+    """Which weights are quantised, and how. ignored: as `QuantizationRule.targets`, or names and parts of names. made: while
+    loading, from weights that are stored plain."""
 
     method: str
-    rules: tuple[Rule, ...]
+    rules: tuple[QuantizationRule, ...]
     ignored: tuple[str, ...] = ()
     made: bool = False
 
@@ -127,7 +127,7 @@ def read_scheme(fields: Fields) -> Scheme | None:
     return scheme
 
 
-FP8_MADE = Scheme("fp8", (Rule((LINEAR,), WeightForm("fp8", block=(1, None))),), ("lm_head",), made=True)
+FP8_MADE = Scheme("fp8", (QuantizationRule((LINEAR,), WeightForm("fp8", block=(1, None))),), ("lm_head",), made=True)
 """What `--quantization fp8` makes of every linear layer of the decoder's own."""
 
 
@@ -203,7 +203,7 @@ def _fp8(found: _Quantization) -> Scheme:
     block = found.block("weight_block_size")
     form = WeightForm("fp8", block=block or (None, None), free=block is None)
     ignored = found.list_of_names("modules_to_not_convert") + found.list_of_names("ignored_layers")
-    return Scheme("fp8", (Rule((LINEAR,), form),), ignored)
+    return Scheme("fp8", (QuantizationRule((LINEAR,), form),), ignored)
 
 
 def _awq(found: _Quantization) -> Scheme:
@@ -212,7 +212,7 @@ def _awq(found: _Quantization) -> Scheme:
     bits = found.one_of("w_bit" if found.get("w_bit") else "bits", 4)
     group = found.group("q_group_size" if found.get("q_group_size") else "group_size")
     form = WeightForm("awq", bits, (1, group), zeros=True)
-    return Scheme("awq", (Rule((LINEAR,), form),), found.list_of_names("modules_to_not_convert"))
+    return Scheme("awq", (QuantizationRule((LINEAR,), form),), found.list_of_names("modules_to_not_convert"))
 
 
 def _gptq(found: _Quantization) -> Scheme:
@@ -224,13 +224,13 @@ def _gptq(found: _Quantization) -> Scheme:
         found.nothing(name)
     shift, mixed = 0 if second else 1, bool(found.get("desc_act"))
     form = WeightForm("gptq", bits, (1, found.group("group_size")), zeros=True, shift=shift, mixed=mixed)
-    return Scheme("gptq", (Rule((LINEAR,), form),), found.list_of_names("modules_to_not_convert"))
+    return Scheme("gptq", (QuantizationRule((LINEAR,), form),), found.list_of_names("modules_to_not_convert"))
 
 
 def _mxfp4(found: _Quantization) -> Scheme:
     """Of gpt-oss: experts alone."""
     form = WeightForm("mxfp4", 4, (1, 32))
-    experts = Rule((r"re:.*experts\.(gate_up_proj|down_proj)$",), form)
+    experts = QuantizationRule((r"re:.*experts\.(gate_up_proj|down_proj)$",), form)
     return Scheme("mxfp4", (experts,), found.list_of_names("modules_to_not_convert"))
 
 
@@ -247,7 +247,7 @@ def _compressed_tensors(found: _Quantization) -> Scheme:
     return Scheme("compressed-tensors", rules, found.list_of_names("ignore"))
 
 
-def _rule(group: _Quantization, usual: str) -> Rule:
+def _rule(group: _Quantization, usual: str) -> QuantizationRule:
     """usual: the format of groups that name none."""
     if group.get("input_activations"):  # their numbers stay as they are, or are rounded token by token: never more coarsely
         group.inside("input_activations").one_of("num_bits", 8)
@@ -261,7 +261,8 @@ def _rule(group: _Quantization, usual: str) -> Rule:
     symmetric = weights.one_of("symmetric", True, *((False,) if kind == "int" else ()), default=True)
     name: Kind = "packed" if packed else "fp8" if kind == "float" else "int8"
     mixed = weights.one_of("actorder", None, True, False, "group", "dynamic", "weight", "static") in (True, "group", "dynamic")
-    return Rule(group.list_of_names("targets"), WeightForm(name, bits, _shared(weights), zeros=not symmetric, mixed=mixed))
+    form = WeightForm(name, bits, _shared(weights), zeros=not symmetric, mixed=mixed)
+    return QuantizationRule(group.list_of_names("targets"), form)
 
 
 def _shared(weights: _Quantization) -> tuple[int | None, int | None]:

@@ -19,7 +19,7 @@ PARTS = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_pr
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ProjectionShare:
     """What of a projection a rank has. rows: it is divided by rows, hence B is; otherwise by columns, hence A."""
 
     start: int
@@ -70,15 +70,15 @@ def _scaled(linear: AdaptedLinear, b: Tensor, dtype: torch.dtype) -> Tensor:
     return b.to(wide) * linear.scaling
 
 
-def share_of(projection: str, shape: RankShape) -> Share:
+def share_of(projection: str, shape: RankShape) -> ProjectionShare:
     dim = shape.head_dim
     match projection:
         case "q_proj" | "o_proj":
-            return Share(shape.head_start * dim, shape.heads * dim, projection == "q_proj")
+            return ProjectionShare(shape.head_start * dim, shape.heads * dim, projection == "q_proj")
         case "k_proj" | "v_proj":
-            return Share(shape.kv_head_start * dim, shape.kv_heads * dim, True)
+            return ProjectionShare(shape.kv_head_start * dim, shape.kv_heads * dim, True)
         case _:
-            return Share(shape.intermediate_start, shape.intermediate, projection != "down_proj")
+            return ProjectionShare(shape.intermediate_start, shape.intermediate, projection != "down_proj")
 
 
 def _beside(layer: Layer, decoder: Decoder, slots: int, rank: int) -> dict[str, LoraWeights]:

@@ -48,7 +48,7 @@ _LISTING = re.compile(r"[0-9a-f]{24}")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StoredFile:
     """A file in a store. mark: of its content; "" where the store has none."""
 
     size: int
@@ -59,7 +59,7 @@ class Entry:
 class Listing:
     """Files by their paths below the URL."""
 
-    files: dict[str, Entry]
+    files: dict[str, StoredFile]
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Listing:
     @classmethod
     def load(cls, file: Path) -> "Listing":
         """Errors: OSError, ValueError."""
-        return cls({name: Entry(*entry) for name, entry in json.loads(file.read_text(encoding="utf-8")).items()})
+        return cls({name: StoredFile(*entry) for name, entry in json.loads(file.read_text(encoding="utf-8")).items()})
 
 
 def find(url: str, revision: str | None, need: Need, download_dir: str | None, report: Progress) -> Path:
@@ -261,7 +261,7 @@ def _could_be_needed(name: str) -> bool:
     return is_setting(name) or name.endswith((f"/{CONFIG_FILE}", ".safetensors"))
 
 
-def _now(fs: Any, path: str) -> Entry | None:
+def _now(fs: Any, path: str) -> StoredFile | None:
     """As a listing says it, since stores write the same mark differently elsewhere."""
     folder = path.rpartition("/")[0]
     fs.invalidate_cache(folder)
@@ -269,9 +269,9 @@ def _now(fs: Any, path: str) -> Entry | None:
     return None if found is None else _entry(fs, path, found)
 
 
-def _entry(fs: Any, path: str, info: dict[str, Any]) -> Entry:
+def _entry(fs: Any, path: str, info: dict[str, Any]) -> StoredFile:
     """info: what a listing says of it; where that is too little the store is asked for this file alone."""
     if info.get("size") is None or not any(info.get(mark) for mark in MARKS):
         info = fs.info(path)
     mark = next((f"{name}={info[name]}" for name in MARKS if info.get(name)), "")
-    return Entry(int(info["size"]), mark)
+    return StoredFile(int(info["size"]), mark)

@@ -34,7 +34,7 @@ class Attends(Protocol):
     ) -> Tensor: ...
 
 
-class Slot:
+class AttentionSlot:
     """Where a model's layers find what computes their attention in the step under way."""
 
     __slots__ = ("attends",)
@@ -51,7 +51,7 @@ def _attention(
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim] -> [1, tokens, heads, value dim]."""
-    slot: Slot | None = getattr(module, SLOT, None)
+    slot: AttentionSlot | None = getattr(module, SLOT, None)
     if slot is None or slot.attends is None:
         raise NotComputed(f"{type(module).__name__} attends, and is no layer")
     if attention_mask is not None:

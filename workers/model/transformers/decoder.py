@@ -20,7 +20,7 @@ from workers.model.checkpoint.weights import Checkpoint
 from workers.model.layers.linear import can_pack
 from workers.model.layers.padding import padded, padded_rows
 from workers.model.sources.progress import Progress
-from workers.model.transformers.attention import Attends, Slot
+from workers.model.transformers.attention import Attends, AttentionSlot
 from workers.model.transformers.classes import build
 from workers.model.transformers.config import TransformersConfig
 from workers.model.transformers.loading import load
@@ -52,7 +52,7 @@ class TransformersDecoder:
         """Of each layer, without what sequences of so many positions cannot notice."""
         self._pads = can_pack(dtype, device)
         self._model = model
-        self._slot = Slot(model)
+        self._slot = AttentionSlot(model)
         self._shared_head = survey.shared_head
         self._attention: VariedAttention | None = None
 

@@ -20,8 +20,8 @@ from workers.model.checkpoint.weights import Checkpoint
 from workers.model.config.fields import CheckpointError
 from workers.model.sources.progress import Progress
 from workers.model.transformers.classes import BUILDING
-from workers.model.transformers.pieces import Source, Target, parts_of
-from workers.model.transformers.sharding import Share, shares
+from workers.model.transformers.pieces import ParameterSource, ShardTarget, parts_of
+from workers.model.transformers.sharding import ParameterShare, shares
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ TEXT_PARTS = (r"\blanguage_model\.model\.", "model."), (r"\blanguage_model\.", "
 
 @torch.inference_mode()
 def load(
-    model: Any, found: dict[str, Share], checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype, device: torch.device,
-    progress: Progress | None,
+    model: Any, found: dict[str, ParameterShare], checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype,
+    device: torch.device, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Fills the model, which is on the meta device, with this rank's shares of its parameters. Errors: CheckpointError."""
     sources, spare = _sources(model, checkpoint)
@@ -41,7 +41,7 @@ def load(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _allocate(model, found, ties, comm, dtype, device)
     tensors = dict(model.state_dict(keep_vars=True))
-    targets = {name: Target(name, tensors[name], found[name], shapes[name]) for name in tensors if name not in ties}
+    targets = {name: ShardTarget(name, tensors[name], found[name], shapes[name]) for name in tensors if name not in ties}
     spare |= scale_names(checkpoint.names())
     checkpoint.load(parts_of(model.config, sources, targets, checkpoint, comm), progress, spare)
     _compute_the_rest(model, tensors, device)
@@ -50,7 +50,7 @@ def load(
 # ---- names
 
 
-def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Source], set[str]]:
+def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, ParameterSource], set[str]]:
     """By parameter, and the tensors of the checkpoint that are known not to be read. A converter with several targets is under
     the first of them."""
     wanted = dict(model.state_dict())
@@ -58,13 +58,13 @@ def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Source], set
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    sources: dict[str, Source] = {}
+    sources: dict[str, ParameterSource] = {}
     spare: set[str] = set()
     several = any("language_model." in name for name in checkpoint.names())
     for name in sorted(checkpoint.names(), key=dot_natural_key):
         target, pattern = _renamed(name, renamings, converters, model.base_model_prefix, wanted)
         if target in wanted:
-            source = sources.setdefault(target, Source())
+            source = sources.setdefault(target, ParameterSource())
             source.names[pattern or name].append(name)
             if pattern is not None and source.converter is None:
                 source.converter = deepcopy(by_pattern[pattern])
@@ -97,8 +97,8 @@ def _known_spare(model: Any, target: str, name: str, several: bool) -> bool:
 
 
 def _ties(
-    model: Any, checkpoint: Checkpoint, sources: dict[str, Source], found: dict[str, Share], comm: Communicator,
-    dtype: torch.dtype,
+    model: Any, checkpoint: Checkpoint, sources: dict[str, ParameterSource], found: dict[str, ParameterShare],
+    comm: Communicator, dtype: torch.dtype,
 ) -> dict[str, str]:  # fmt: skip
     """Names that are another's tensor. Of a tied pair a checkpoint may have either, or both: then they are one only if this
     rank's rows are equal, as in transformers."""
@@ -122,8 +122,9 @@ def _ties(
 
 
 def _allocate(
-    model: Any, found: dict[str, Share], ties: dict[str, str], comm: Communicator, dtype: torch.dtype, device: torch.device
-) -> None:
+    model: Any, found: dict[str, ParameterShare], ties: dict[str, str], comm: Communicator, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
     """A rank's parameters and the buffers that checkpoints have, empty."""
     kinds = _dtypes(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():

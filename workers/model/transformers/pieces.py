@@ -15,12 +15,12 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from workers.model.checkpoint.weights import Checkpoint, ModelPart, Piece
 from workers.model.config.fields import CheckpointError
-from workers.model.transformers.sharding import Share
+from workers.model.transformers.sharding import ParameterShare
 from workers.parallel.communicator import Communicator
 
 
 @dataclass
-class Source:
+class ParameterSource:
     """Where a parameter comes from. names: in the checkpoint, in the order in which they are merged, by pattern of the
     converter. converter: transformers' own; None: it is there under one name, as it is."""
 
@@ -36,12 +36,12 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ShardTarget:
     """A rank's tensor: `share` of a parameter of that name and shape."""
 
     name: str
     tensor: Tensor
-    share: Share
+    share: ParameterShare
     shape: tuple[int, ...]
 
     def runs(self, comm: Communicator) -> Iterator[tuple[Tensor, int]]:
@@ -85,8 +85,9 @@ class Converted:
     """What a converter makes. Its sources are read whole, into memory that is touched only then and given back at once."""
 
     def __init__(
-        self, config: Any, first: str, source: Source, targets: dict[str, Target], checkpoint: Checkpoint, comm: Communicator
-    ) -> None:
+        self, config: Any, first: str, source: ParameterSource, targets: dict[str, ShardTarget], checkpoint: Checkpoint,
+        comm: Communicator,
+    ) -> None:  # fmt: skip
         """config: transformers' own. first: the first of the converter's targets. targets: of the whole model."""
         self._config, self._first, self._source, self._targets, self._comm = config, first, source, targets, comm
         kind = targets[first].tensor.dtype
@@ -116,7 +117,7 @@ class Converted:
 class _Whole:
     """A model as converters look at it: what shape each whole parameter has."""
 
-    def __init__(self, targets: dict[str, Target]) -> None:
+    def __init__(self, targets: dict[str, ShardTarget]) -> None:
         self._targets = targets
 
     def get_parameter(self, name: str) -> Tensor:
@@ -128,8 +129,9 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def parts_of(
-    config: Any, sources: dict[str, Source], targets: dict[str, Target], checkpoint: Checkpoint, comm: Communicator
-) -> list[ModelPart]:
+    config: Any, sources: dict[str, ParameterSource], targets: dict[str, ShardTarget], checkpoint: Checkpoint,
+    comm: Communicator,
+) -> list[ModelPart]:  # fmt: skip
     """Errors: CheckpointError for a parameter that nothing is read into."""
     parts: list[ModelPart] = []
     made: set[str] = set()
@@ -153,7 +155,7 @@ def parts_of(
     return parts
 
 
-def _as_it_is(target: Target, name: str, comm: Communicator) -> list[Piece]:
+def _as_it_is(target: ShardTarget, name: str, comm: Communicator) -> list[Piece]:
     if target.share.first and comm.rank:
         target.tensor.zero_()
         return [Piece(target.tensor.new_empty(0), name, target.shape)]  # rank 0 alone has it
@@ -170,7 +172,7 @@ def _merges(converter: WeightConverter) -> bool:
     return all_known and kinds in ([stack], [stack, beside])
 
 
-def _expert_by_expert(target: Target, source: Source, comm: Communicator) -> list[Piece]:
+def _expert_by_expert(target: ShardTarget, source: ParameterSource, comm: Communicator) -> list[Piece]:
     """target [experts, sum of rows, columns]; its sources [rows, columns], one for each expert and pattern."""
     assert source.converter is not None
     patterns = [pattern for pattern in source.converter.source_patterns if pattern in source.names]

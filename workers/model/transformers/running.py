@@ -25,7 +25,7 @@ class Positions:
         return key, value
 
 
-class Said:
+class BodyOutput:
     """A body's output with hidden states [1, wanted, hidden] and nothing else: what families have beside them is None."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
@@ -51,7 +51,7 @@ def hidden_of(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Te
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """hidden [wanted, hidden] -> [wanted, the rank's vocabulary]. The class's own forward, over a body that has said this."""
     body = _body(model)
-    forward, body.forward = body.forward, lambda *_, **__: Said(hidden[None])
+    forward, body.forward = body.forward, lambda *_, **__: BodyOutput(hidden[None])
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits

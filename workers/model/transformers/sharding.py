@@ -32,7 +32,7 @@ KEYS_AND_VALUES = re.compile(r"\.[kv]_proj\.(weight|bias)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ParameterShare:
     """A rank's part of a parameter: its own of `size` parts of dimension `dim`, of each of `packed` matrices that lie one after
     another there. dim None: all of it, or, with `first`, all of it on rank 0 and zeros elsewhere. kv_heads: there are fewer of
     them than ranks, and neighbours hold the same one."""
@@ -59,10 +59,10 @@ class Share:
         return (*shape[: self.dim], held, *shape[self.dim + 1 :])
 
 
-ALL = Share()
+ALL = ParameterShare()
 
 
-def shares(model: Any, size: int) -> dict[str, Share]:
+def shares(model: Any, size: int) -> dict[str, ParameterShare]:
     """By name, of every parameter and buffer that checkpoints have. Errors: CheckpointError where the plan, or the sizes, do
     not let so many ranks share the model."""
     if size == 1:
@@ -98,7 +98,7 @@ def shares(model: Any, size: int) -> dict[str, Share]:
     return found
 
 
-def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
+def share_out(model: Any, found: dict[str, ParameterShare], comm: Communicator) -> None:
     """Wraps the modules in which the ranks of a group meet. The parameters may still be on the meta device."""
     if comm.size == 1:
         return
@@ -112,7 +112,7 @@ def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
             module.forward = wrap(module, module.forward, comm)
 
 
-def head_is_shared(model: Any, found: dict[str, Share]) -> bool:
+def head_is_shared(model: Any, found: dict[str, ParameterShare]) -> bool:
     """Whether each rank has its own part of the vocabulary's logits."""
     head = model.get_output_embeddings()
     return any(found[f"{name}.weight"].dim == 0 for name, module in model.named_modules() if module is head)
@@ -125,7 +125,7 @@ def _vocabulary(model: Any) -> list[nn.Module]:
     return [*embeddings, *([head] if head is not None else [])]
 
 
-def _keep_ties_whole(model: Any, found: dict[str, Share]) -> None:
+def _keep_ties_whole(model: Any, found: dict[str, ParameterShare]) -> None:
     """Two names of one tensor that the plan divides differently, or of which it divides one: every rank has all of it."""
     for one, other in model.all_tied_weights_keys.items():
         if found.get(one) != found.get(other):
@@ -142,19 +142,19 @@ def _style(name: str, plan: dict[str, str]) -> str | None:
     return plan.get(generic, plan.get(generic.rpartition(".")[0]))
 
 
-def _share(name: str, tensor: Tensor, style: str | None) -> Share:
+def _share(name: str, tensor: Tensor, style: str | None) -> ParameterShare:
     leaf, dims = name.rpartition(".")[2], tensor.dim()
     if style is None or style in WHOLE:
         return ALL
     if style in COLUMNS:
-        return Share(max(0, dims - 2))
+        return ParameterShare(max(0, dims - 2))
     if style in ROWS:
-        return Share(first=True) if leaf == "bias" else Share(dims - 1)
+        return ParameterShare(first=True) if leaf == "bias" else ParameterShare(dims - 1)
     if style == "packed_colwise":
-        return Share(max(0, dims - 2), packed=2)
+        return ParameterShare(max(0, dims - 2), packed=2)
     if style == "packed_rowwise":
-        return ALL if dims == 1 else Share(dims - 1, packed=2)
-    return Share(0)  # the embedding
+        return ALL if dims == 1 else ParameterShare(dims - 1, packed=2)
+    return ParameterShare(0)  # the embedding
 
 
 # ---- where ranks meet

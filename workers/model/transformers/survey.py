@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workers.attention.forms import Form, HeadShape
 from workers.model.config.fields import CheckpointError
-from workers.model.transformers.attention import NotComputed, Slot
+from workers.model.transformers.attention import AttentionSlot, NotComputed
 from workers.model.transformers.classes import build
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.running import hidden_of, logits_of
@@ -101,7 +101,7 @@ def _run(config: Any, size: int) -> Survey:
         forms[layer] = form
         return query.new_empty(*query.shape[:2], value.shape[2])
 
-    Slot(model).attends = attends
+    AttentionSlot(model).attends = attends
     try:
         with torch.inference_mode(), torch.device("meta"):
             tokens, positions = torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from deploy.doors.dialects.reasoning import channels, think
 from deploy.doors.dialects.reasoning.channels import ChannelParser
 from deploy.doors.dialects.reasoning.sections import BLANKS, ReasoningParser
-from deploy.doors.dialects.reasoning.think import Answer, ThinkParser
+from deploy.doors.dialects.reasoning.think import AnswerOnly, ThinkParser
 from deploy.doors.dialects.reasoning.tokens import TokenSorter
 from deploy.text.tokenizer import THINK_MARKS, Tokenizer
 
@@ -109,7 +109,7 @@ class ThinkFormat(ReasoningFormat):
         opened, open_to_it = f"preamble: {begin}? {rest}\n{rule}", f"preamble: ({begin} {rest})?\n{rule}"
         self._opened = Thinking(partial(ThinkParser, opened=True), tokenizer, opened, opened)
         self._open_to_it = Thinking(partial(ThinkParser, opened=False), tokenizer, open_to_it, open_to_it)
-        self._closed = Thinking(Answer, tokenizer, "", "")
+        self._closed = Thinking(AnswerOnly, tokenizer, "", "")
 
     def thinking(self, prompt: Sequence[int]) -> Thinking:
         tail = self._tokenizer.decode(prompt[-TAIL_TOKENS:]).rstrip(BLANKS)

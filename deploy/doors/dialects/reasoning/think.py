@@ -71,7 +71,7 @@ class ThinkParser(ReasoningParser):
         self._held, self.place, self.settled = "", Place.ANSWER, True
 
 
-class Answer(ReasoningParser):
+class AnswerOnly(ReasoningParser):
     """The prompt has closed the thought, or asked for none: all is answer."""
 
     place, settled = Place.ANSWER, True

@@ -50,7 +50,7 @@ class _Pooled:
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
+class PairFields:
     """What a request calls the two sides of its pairs. one_query, one_document: a side is one text."""
 
     query: str
@@ -104,7 +104,7 @@ class PoolingEndpoint:
         self._check(request)
         texts = [document if isinstance(document, str) else document.text for document in request.documents]
         pairs = [(request.query, text) for text in texts]
-        fields = Fields("query", "documents", one_query=True, one_document=False)
+        fields = PairFields("query", "documents", one_query=True, one_document=False)
         scores, usage = await self._score(request, pairs, request.chat_template_kwargs, caller, fields)
         order = sorted(range(len(texts)), key=lambda index: -scores[index])[: request.top_n or None]
         shown = request.return_documents is not False
@@ -125,7 +125,7 @@ class PoolingEndpoint:
 
     async def _score(
         self, request: PoolingRequest, pairs: Sequence[tuple[str, str]], template_kwargs: dict[str, Any] | None, caller: Caller,
-        fields: Fields,
+        fields: PairFields,
     ) -> tuple[list[float], PromptUsage]:  # fmt: skip
         """Of each pair. fields: where they come from. Errors: RequestError."""
         model = self._service.model
@@ -172,7 +172,7 @@ def _encoded(vector: Vector, encoding: Literal["float", "base64"] | None) -> msg
     return msgspec.Raw(msgspec.json.encode(vector.astype(np.float64).tolist()))
 
 
-def _pairs(request: ScoreRequest) -> tuple[list[tuple[str, str]], Fields]:
+def _pairs(request: ScoreRequest) -> tuple[list[tuple[str, str]], PairFields]:
     """And where they come from. Errors: RequestError."""
     given = [names for names in SIDES if any(getattr(request, name) is not None for name in names)]
     if len(given) != 1 or any(getattr(request, name) is None for name in given[0]):
@@ -183,4 +183,4 @@ def _pairs(request: ScoreRequest) -> tuple[list[tuple[str, str]], Fields]:
     except PromptError as error:
         raise RequestError.of_prompt(error, error.field) from None
     one, other = (isinstance(side, str) or len(side) == 1 for side in (getattr(request, left), getattr(request, right)))
-    return pairs, Fields(left, right, one_query=one, one_document=other)
+    return pairs, PairFields(left, right, one_query=one, one_document=other)

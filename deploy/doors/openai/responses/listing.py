@@ -9,7 +9,7 @@ import msgspec
 from deploy.doors.openai.requests.unknown import shortened
 from deploy.doors.openai.responses.asking.conversing import type_of
 from deploy.doors.openai.responses.asking.schemas import Item
-from deploy.doors.openai.responses.store.storing import Turn
+from deploy.doors.openai.responses.store.storing import StoredTurn
 from deploy.doors.openai.responses.telling.records import ItemList
 from deploy.frontend.errors import RequestError
 
@@ -29,12 +29,12 @@ def input_of(items: Sequence[Item]) -> bytes:
     )
 
 
-def conversation(turns: Sequence[Turn]) -> list[Item]:
+def conversation(turns: Sequence[StoredTurn]) -> list[Item]:
     """In order."""
     return [item for turn in turns for part in (turn.input, turn.output) for item in _items.decode(part)]
 
 
-def listed(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def listed(turns: Sequence[StoredTurn]) -> list[dict[str, Any]]:
     """What the last turn's response was made from: all before its output."""
     parts = [part for turn in turns for part in (turn.input, turn.output)][:-1]
     return [_listed(item) for part in parts for item in msgspec.json.decode(part)]

@@ -25,7 +25,7 @@ from deploy.doors.openai.requests.unknown import shortened
 from deploy.doors.openai.responses.asking.asking import called_here, chat_request, items_of, said_here
 from deploy.doors.openai.responses.asking.schemas import Item, ResponseRequest
 from deploy.doors.openai.responses.listing import MOST_LISTED, Order, conversation, input_of, listed, page
-from deploy.doors.openai.responses.store.storing import ResponseStore, Turn
+from deploy.doors.openai.responses.store.storing import ResponseStore, StoredTurn
 from deploy.doors.openai.responses.telling.events import Event, name_of
 from deploy.doors.openai.responses.telling.records import Deleted, ItemList, Response
 from deploy.doors.openai.responses.telling.telling import ResponseTelling
@@ -97,7 +97,7 @@ class Responses:
         response = begun.telling.whole()
         if not response.store:
             return response
-        turn = Turn(input_of(begun.items), msgspec.json.encode(response.output))
+        turn = StoredTurn(input_of(begun.items), msgspec.json.encode(response.output))
         body = msgspec.json.encode(response)
         if await self._store.put(caller.account, response.id, request.previous_response_id, body, turn):
             return response

@@ -11,7 +11,7 @@ from deploy.config import serve as serve_config
 from deploy.doors.dialects.reasoning.channels import ChannelParser
 from deploy.doors.dialects.reasoning.reasoning import REASONING_FORMATS, ReasoningFormat, Thinking
 from deploy.doors.dialects.reasoning.sections import ReasoningParser
-from deploy.doors.dialects.reasoning.think import Answer, ThinkParser
+from deploy.doors.dialects.reasoning.think import AnswerOnly, ThinkParser
 from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, Tokenizer
 from scheduler.protocol.sampling import Grammar
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE, MakeCheckpoint, opened, vocabulary
@@ -133,7 +133,7 @@ def test_the_template_says_how_it_thinks(make_checkpoint: MakeCheckpoint) -> Non
 
     plain = "{% for message in messages %}{{ message.content }}{% endfor %}"
     assert (kind(plain), kind(QWEN_TEMPLATE), kind(HARMONY_TEMPLATE)) == (None, ThinkParser, ChannelParser)
-    assert kind(QWEN_TEMPLATE, enable_thinking=False) is Answer
+    assert kind(QWEN_TEMPLATE, enable_thinking=False) is AnswerOnly
     assert kind(QWEN_TEMPLATE, enable_thinking=True) is ThinkParser
     assert (kind(QWEN_TEMPLATE, "none"), kind(plain, "think")) == (None, ThinkParser)
     assert kind(QWEN_TEMPLATE, "openai") is ChannelParser

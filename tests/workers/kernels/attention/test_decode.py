@@ -215,12 +215,12 @@ def test_the_plan_covers_every_key_of_every_row_once(seed: int) -> None:
     attention = DecodeAttention(pool, kv_heads * group, rows + 3, config)
     sets, contexts = random_sets(chance, attention.prefixes, rows)
     shared = tell(sets, rows, device)
-    attention._cuts[Reach()].items.fill_(7)
+    attention._work[Reach()].items.fill_(7)
     attention.plan(torch.tensor(contexts, dtype=torch.int32, device=device), rows, shared)
-    row_pieces, row_entries = attention._cuts[Reach()].pieces.tolist(), attention._cuts[Reach()].entries.tolist()
+    row_pieces, row_entries = attention._work[Reach()].pieces.tolist(), attention._work[Reach()].entries.tolist()
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {(row, head): [] for row in range(rows) for head in range(kv_heads)}
     entries: list[int] = []
-    items = attention._cuts[Reach()].items[: attention._programs(rows)]
+    items = attention._work[Reach()].items[: attention._programs(rows)]
     for first, packed, low, high, _, pieces, piece, entry in items.tolist():
         count, head = divmod(packed, kv_heads)
         if low >= high:

@@ -147,8 +147,8 @@ def test_work_begins_where_the_window_does(dtype: str, device: str) -> None:
     attention = DecodeAttention(problem.pool, 2, 3, SHORT, [Form(PLAIN), form])
     attention.plan(contexts, 3)
     read = {}
-    for reach, cut in attention._cuts.items():
-        items = [item for item in cut.items.tolist() if item[2] < item[3]]
+    for reach, work in attention._work.items():
+        items = [item for item in work.items.tolist() if item[2] < item[3]]
         read[reach] = [sorted((low, high) for row, _, low, high, *_ in items if row == wanted) for wanted in range(3)]
     plain, windowed = read[Form(PLAIN).reach], read[form.reach]
     assert (plain[0][0][0], plain[0][-1][1]) == (0, 16)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.shared.checkpoints import generate_reference, make_checkpoint
 from tests.workers.decoding import CPU, Ranks
-from workers.model.checkpoint.weights import Checkpoint, Piece, Stored
+from workers.model.checkpoint.weights import Checkpoint, Piece, StoredNumbers
 from workers.model.config.architectures import read_config
 from workers.model.config.fields import CheckpointError
 from workers.model.decoder import load_model
@@ -183,7 +183,7 @@ def test_what_the_weights_are_stored_in(tmp_path: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(10**6)}))
     numbers = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values()) - 10**6
     with Checkpoint(folder) as checkpoint:
-        assert checkpoint.stored() == Stored(torch.float16, numbers)
+        assert checkpoint.stored() == StoredNumbers(torch.float16, numbers)
 
 
 def test_stop_ids_of_both_files(folder: Path) -> None:

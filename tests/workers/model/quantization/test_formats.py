@@ -69,4 +69,4 @@ def test_the_type_that_most_of_the_rest_is_stored_in(tmp_path: Path) -> None:
     quantise(plain, tmp_path / "quantised", FORMATS["fp8-channel"])
     numbers = sum(tensor.numel() for tensor in load_file(plain / "model.safetensors").values())
     with Checkpoint(tmp_path / "quantised", read_config(tmp_path / "quantised").scheme) as checkpoint:
-        assert checkpoint.stored() == weights.Stored(torch.float16, numbers)
+        assert checkpoint.stored() == weights.StoredNumbers(torch.float16, numbers)

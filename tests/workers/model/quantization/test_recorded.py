@@ -7,7 +7,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.workers.model.quantization.recorded import AUTO_AWQ, AUTO_GPTQ, COMPRESSED_TENSORS, Recorded
-from workers.model.config.quantization import LINEAR, Rule, Scheme, WeightForm
+from workers.model.config.quantization import LINEAR, QuantizationRule, Scheme, WeightForm
 from workers.model.quantization.checkpoint import quantised
 from workers.model.quantization.stored import Quantised
 
@@ -32,7 +32,7 @@ class InMemory:
 
 def made(form: WeightForm, parts: dict[str, Tensor]) -> Quantised:
     tensors = {f"mlp.{name}": InMemory(part) for name, part in parts.items()}
-    return quantised(Scheme("", (Rule((LINEAR,), form),)), tensors, tensors.__getitem__).made["mlp.weight"]
+    return quantised(Scheme("", (QuantizationRule((LINEAR,), form),)), tensors, tensors.__getitem__).made["mlp.weight"]
 
 
 def read(recorded: Recorded, *words: str) -> dict[str, Tensor]:

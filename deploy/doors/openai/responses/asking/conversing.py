@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from deploy.doors.openai.requests.unknown import shortened
-from deploy.doors.openai.responses.asking.schemas import Item, Part
+from deploy.doors.openai.responses.asking.schemas import Item, ItemPart
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.content import FunctionCall, Message, ToolCall
 
@@ -116,14 +116,14 @@ def _thought(item: Item, path: str) -> Iterator[str]:
             return
 
 
-def _said(content: str | list[Part] | None, path: str) -> str:
+def _said(content: str | list[ItemPart] | None, path: str) -> str:
     """Errors: RequestError."""
     if content is None:
         raise _missing(path)
     return _text(content, path)
 
 
-def _text(content: str | list[Part], path: str) -> str:
+def _text(content: str | list[ItemPart], path: str) -> str:
     """Parts joined; what an assistant has refused with is what it said. Errors: RequestError."""
     if isinstance(content, str):
         return content

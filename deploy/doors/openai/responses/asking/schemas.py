@@ -11,7 +11,7 @@ from deploy.text.content import Record
 Role = Literal["user", "assistant", "system", "developer"]
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ItemPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A piece of what an item says. Other kinds than text are read only to be refused by their names."""
 
     type: str
@@ -30,12 +30,12 @@ class Item(Record, frozen=True, kw_only=True, omit_defaults=True):
     type: str | None = None
     id: str | None = None
     role: Role | None = None
-    content: str | list[Part] | None = None
+    content: str | list[ItemPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    output: str | list[ItemPart] | None = None
+    summary: list[ItemPart] | None = None
     # ignored
     status: str | None = None
     phase: str | None = None

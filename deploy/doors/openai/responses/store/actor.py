@@ -6,7 +6,7 @@ It is nobody's in particular: every front end says to it that it has an owner, a
 import logging
 import os
 
-from deploy.doors.openai.responses.store.storing import Bounds, KeptResponses, Turn
+from deploy.doors.openai.responses.store.storing import Bounds, KeptResponses, StoredTurn
 from scheduler.logs import configure
 from scheduler.protocol.orphans import OwnerWatch
 
@@ -29,13 +29,13 @@ class ResponsesActor:
         """Its id."""
         return os.getpid()
 
-    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: Turn, bounds: Bounds) -> bool:
+    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: StoredTurn, bounds: Bounds) -> bool:
         return self._kept.put(owner, name, previous, body, turn, bounds)
 
     async def body(self, owner: str, name: str) -> bytes | None:
         return self._kept.body(owner, name)
 
-    async def turns(self, owner: str, name: str) -> list[Turn] | None:
+    async def turns(self, owner: str, name: str) -> list[StoredTurn] | None:
         return self._kept.turns(owner, name)
 
     async def delete(self, owner: str, name: str) -> bool:

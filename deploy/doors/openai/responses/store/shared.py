@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.fleet.estate import actor_of
 from deploy.doors.openai.responses.store.actor import ResponsesActor
-from deploy.doors.openai.responses.store.storing import Bounds, Turn
+from deploy.doors.openai.responses.store.storing import Bounds, StoredTurn
 from deploy.frontend.errors import Fault, RequestError
 from scheduler.protocol.orphans import Estate
 
@@ -44,7 +44,7 @@ class SharedResponses:
         self._starting = asyncio.Lock()
         self._silent_until_s = 0.0
 
-    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: Turn) -> bool:
+    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: StoredTurn) -> bool:
         if not self._bounds.count:
             return False
         try:
@@ -57,8 +57,8 @@ class SharedResponses:
         found: bytes | None = await self._asked(lambda actor: actor.body.remote(owner, name))
         return found
 
-    async def turns(self, owner: str, name: str) -> list[Turn] | None:
-        found: list[Turn] | None = await self._asked(lambda actor: actor.turns.remote(owner, name))
+    async def turns(self, owner: str, name: str) -> list[StoredTurn] | None:
+        found: list[StoredTurn] | None = await self._asked(lambda actor: actor.turns.remote(owner, name))
         return found
 
     async def delete(self, owner: str, name: str) -> bool:

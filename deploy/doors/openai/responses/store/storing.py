@@ -19,7 +19,7 @@ ENTRY_BYTES = 512
 """What an entry takes beside its texts, about."""
 
 
-class Turn(msgspec.Struct, frozen=True, array_like=True):
+class StoredTurn(msgspec.Struct, frozen=True, array_like=True):
     """JSON lists of items. input: what was asked. output: what was answered."""
 
     input: bytes
@@ -46,7 +46,7 @@ def bounds_of(config: ServeConfig) -> Bounds:
 class ResponseStore(Protocol):
     """Where a front end keeps responses. owner: the account whose they are; nobody else's are found."""
 
-    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: Turn) -> bool:
+    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: StoredTurn) -> bool:
         """previous: the response that it goes on from. Whether it is kept. Never raises: a store that cannot be reached keeps
         nothing."""
         ...
@@ -55,7 +55,7 @@ class ResponseStore(Protocol):
         """As it was told. None: it is not here. Errors: RequestError UNAVAILABLE."""
         ...
 
-    async def turns(self, owner: str, name: str) -> list[Turn] | None:
+    async def turns(self, owner: str, name: str) -> list[StoredTurn] | None:
         """Of its conversation, to its own. None: it is not here. Errors: RequestError UNAVAILABLE."""
         ...
 
@@ -68,7 +68,7 @@ class ResponseStore(Protocol):
 class _Told:
     """A turn in its conversation. users: responses and later turns that need it."""
 
-    turn: Turn
+    turn: StoredTurn
     before: "_Told | None"
     users: int = 1
 
@@ -104,7 +104,7 @@ class KeptResponses:
     def size_bytes(self) -> int:
         return sum(account.size_bytes for account in self._accounts.values())
 
-    def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: Turn, bounds: Bounds) -> bool:
+    def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: StoredTurn, bounds: Bounds) -> bool:
         """False: it is larger than all that may be kept, or what it goes on from has gone. bounds: hold from now on."""
         self._expire()
         account = self._accounts.get(owner, _Account())
@@ -130,10 +130,10 @@ class KeptResponses:
         entry = self._entry(owner, name)
         return None if entry is None else entry.body
 
-    def turns(self, owner: str, name: str) -> list[Turn] | None:
+    def turns(self, owner: str, name: str) -> list[StoredTurn] | None:
         if (entry := self._entry(owner, name)) is None:
             return None
-        turns: list[Turn] = []
+        turns: list[StoredTurn] = []
         told: _Told | None = entry.told
         while told is not None:
             turns.append(told.turn)
@@ -190,13 +190,13 @@ class OwnResponses:
         self._bounds = bounds
         self._kept = KeptResponses(clock)
 
-    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: Turn) -> bool:
+    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: StoredTurn) -> bool:
         return self._kept.put(owner, name, previous, body, turn, self._bounds)
 
     async def body(self, owner: str, name: str) -> bytes | None:
         return self._kept.body(owner, name)
 
-    async def turns(self, owner: str, name: str) -> list[Turn] | None:
+    async def turns(self, owner: str, name: str) -> list[StoredTurn] | None:
         return self._kept.turns(owner, name)
 
     async def delete(self, owner: str, name: str) -> bool:

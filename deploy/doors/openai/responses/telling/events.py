@@ -83,14 +83,14 @@ class PartDone(PartEvent, frozen=True, kw_only=True, tag="response.content_part.
     part: OutputText | ReasoningText
 
 
-class TextDelta(PartEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
+class OutputTextDelta(PartEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
     """What is new of an answer's text."""
 
     delta: str
     logprobs: list[TokenLogprob]
 
 
-class TextDone(PartEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
+class OutputTextDone(PartEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
     """An answer's text."""
 
     text: str

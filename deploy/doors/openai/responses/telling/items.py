@@ -121,7 +121,7 @@ class GrowingMessage(GrowingItem[OutputMessage]):
     def add(self, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[Event]:
         self._pieces.append(text)
         self._logprobs += logprobs
-        yield events.TextDelta(**self._head(), delta=text, logprobs=[*logprobs])
+        yield events.OutputTextDelta(**self._head(), delta=text, logprobs=[*logprobs])
 
     def blank(self) -> OutputMessage:
         return OutputMessage(id=self.id, status="in_progress", content=[])
@@ -134,7 +134,7 @@ class GrowingMessage(GrowingItem[OutputMessage]):
 
     def _parts_end(self) -> Iterator[Event]:
         part = self._part()
-        yield events.TextDone(**self._head(), text=part.text, logprobs=part.logprobs)
+        yield events.OutputTextDone(**self._head(), text=part.text, logprobs=part.logprobs)
         yield events.PartDone(**self._head(), part=part)
 
     def _part(self) -> OutputText:

@@ -9,12 +9,12 @@ import ray
 
 from deploy.doors.openai.responses.store import shared
 from deploy.doors.openai.responses.store.shared import SharedResponses
-from deploy.doors.openai.responses.store.storing import Bounds, KeptResponses, Turn
+from deploy.doors.openai.responses.store.storing import Bounds, KeptResponses, StoredTurn
 from deploy.frontend.errors import Fault, RequestError
 from scheduler.protocol.orphans import Estate
 
 BOUNDS = Bounds(100, 1 << 20, 3600.0)
-TURN = Turn(b"[1]", b"[2]")
+TURN = StoredTurn(b"[1]", b"[2]")
 PATIENCE_S = 120.0
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from deploy.doors.openai.responses.store.storing import ENTRY_BYTES, Bounds, KeptResponses, Turn
+from deploy.doors.openai.responses.store.storing import ENTRY_BYTES, Bounds, KeptResponses, StoredTurn
 
 WIDE = Bounds(1000, 1 << 20, 100.0)
 
@@ -29,7 +29,7 @@ def store(clock: Clock) -> KeptResponses:
 def put(
     store: KeptResponses, owner: str, name: str, previous: str | None = None, size: int = 10, bounds: Bounds = WIDE
 ) -> bool:  # fmt: skip
-    return store.put(owner, name, previous, b"b" * size, Turn(f"i{name}".encode(), f"o{name}".encode()), bounds)
+    return store.put(owner, name, previous, b"b" * size, StoredTurn(f"i{name}".encode(), f"o{name}".encode()), bounds)
 
 
 def names(store: KeptResponses, owner: str, name: str) -> list[str]:
@@ -37,7 +37,7 @@ def names(store: KeptResponses, owner: str, name: str) -> list[str]:
 
 
 def test_a_conversation_is_kept_once(store: KeptResponses) -> None:
-    turn = Turn(b"x" * 1000, b"y" * 1000)
+    turn = StoredTurn(b"x" * 1000, b"y" * 1000)
     previous = None
     for name in "abcdef":
         assert store.put("ann", name, previous, b"", turn, WIDE)

@@ -16,7 +16,7 @@ import ray
 from cluster.fleet.estate import actor_of
 from deploy.doors.openai.responses.store import shared
 from deploy.doors.openai.responses.store.shared import NAME, SharedResponses, end_responses
-from deploy.doors.openai.responses.store.storing import Bounds, Turn
+from deploy.doors.openai.responses.store.storing import Bounds, StoredTurn
 from deploy.frontend.errors import Fault, RequestError
 from scheduler.protocol.orphans import Estate
 from tests.shared.processes import alive, wait_gone
@@ -25,7 +25,7 @@ from tests.shared.ray_heads import ray_head
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BOUNDS = Bounds(100, 1 << 20, 3600.0)
-TURN = Turn(b"[1]", b"[2]")
+TURN = StoredTurn(b"[1]", b"[2]")
 FOREVER_S, SOON_S = 600.0, 12.0
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from openai.types.responses import ResponseFunctionToolCallItem, ResponseFunctio
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
-from deploy.doors.openai.responses.store.storing import Bounds, OwnResponses, Turn
+from deploy.doors.openai.responses.store.storing import Bounds, OwnResponses, StoredTurn
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host
@@ -153,13 +153,13 @@ def test_where_nothing_is_kept(host: Host, service: Service) -> None:
 class Unreachable:
     """A store that nobody can ask."""
 
-    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: Turn) -> bool:  # noqa: ARG002
+    async def put(self, owner: str, name: str, previous: str | None, body: bytes, turn: StoredTurn) -> bool:  # noqa: ARG002
         return False
 
     async def body(self, owner: str, name: str) -> bytes | None:  # noqa: ARG002
         raise RequestError(Fault.UNAVAILABLE, "the store does not answer")
 
-    async def turns(self, owner: str, name: str) -> list[Turn] | None:  # noqa: ARG002
+    async def turns(self, owner: str, name: str) -> list[StoredTurn] | None:  # noqa: ARG002
         raise RequestError(Fault.UNAVAILABLE, "the store does not answer")
 
     async def delete(self, owner: str, name: str) -> bool:  # noqa: ARG002
