@@ -157,8 +157,8 @@ class DecodeAttention:
         scales = self._pool.scales(layer)
         scale = form.scale * LOG2_E * (1.0 if scales is None else scales[0])
         attend_piece[(self._programs(batch),)](
-            query, *turning, self._contexts, self._pool.data, block_tables, work.items, members, work.pieces, work.entries, sinks,
-            out, self._partial, self._lse, self._counters, layer, scale, *(scales or (None, None)),
+            query, *turning, self._contexts, self._pool.data, block_tables, work.items, members, work.pieces, work.entries,
+            sinks, out, self._partial, self._lse, self._counters, layer, scale, *(scales or (None, None)),
             0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
             WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0,
             KV_HEADS=self._kv_heads, ROW=layout.kv_heads * layout.head_dim, KV_BLOCK=layout.block_size, LAYERS=layout.layers,
