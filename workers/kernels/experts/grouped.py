@@ -26,7 +26,7 @@ NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run toget
 
 
 @dataclass(frozen=True, slots=True)
-class Tiling:
+class GroupedTiling:
     """How one product is cut: rows of W that a program takes (with SwiGLU of each half), columns that it takes at a time."""
 
     rows: int
@@ -45,32 +45,32 @@ def tile_size(tokens: int, per_token: int, experts: int) -> int:
     return 128
 
 
-def choose_tiling(size: int, dtype: torch.dtype, gated: bool, w: Operand | None = None) -> Tiling:
+def choose_tiling(size: int, dtype: torch.dtype, gated: bool, w: Operand | None = None) -> GroupedTiling:
     """By shape alone; never more than 96 KiB of shared memory. w: in fewer bits."""
     if w is not None:
         return _tiling_of_fewer(size, dtype, gated, w)
     if dtype == torch.float32:
-        return Tiling(32, 32, 4, 2)
+        return GroupedTiling(32, 32, 4, 2)
     if size > 64:
-        return Tiling(64 if gated else 128, 64, 8, 3)
+        return GroupedTiling(64 if gated else 128, 64, 8, 3)
     if size > 32:
-        return Tiling(64, 64, 4, 4)
+        return GroupedTiling(64, 64, 4, 4)
     if not gated:
-        return Tiling(64, 128, 4, 3)
-    return Tiling(64, 64, 4, 3) if size > 16 else Tiling(32, 128, 4, 3)
+        return GroupedTiling(64, 128, 4, 3)
+    return GroupedTiling(64, 64, 4, 3) if size > 16 else GroupedTiling(32, 128, 4, 3)
 
 
-def _tiling_of_fewer(size: int, dtype: torch.dtype, gated: bool, w: Operand) -> Tiling:
+def _tiling_of_fewer(size: int, dtype: torch.dtype, gated: bool, w: Operand) -> GroupedTiling:
     """Columns that are read at a time share a scale, of four bits those of each quarter. Sums that scales are applied to take
     registers, as do numbers of FP8, which are widened all at once."""
     columns = min(128, w.span if w.kind in FOUR_BITS else w.group or 128)
     if dtype == torch.float32:
-        return Tiling(32, columns, 4, 2)
+        return GroupedTiling(32, columns, 4, 2)
     if gated and size > 32 and (w.kind == "int4" or (w.kind == "fp8" and size > 64)):
         columns = min(64, columns)
     if size > 64:
-        return Tiling(64 if w.kind == "int4" else 128, columns, 8, 2 if gated and w.kind == "mxfp4" else 3)
-    return Tiling(128 if size < 64 and not gated and w.kind in FOUR_BITS else 64, columns, 4, 3)
+        return GroupedTiling(64 if w.kind == "int4" else 128, columns, 8, 2 if gated and w.kind == "mxfp4" else 3)
+    return GroupedTiling(128 if size < 64 and not gated and w.kind in FOUR_BITS else 64, columns, 4, 3)
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
 
 def gate_up(
     x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
-    clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | DenseTiling | None = None,
+    clamp: Clamp | None = None, pdl: bool = False, tiling: GroupedTiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, K], weight [held, 2 * N, K], bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
     [pairs, N] in the order of `routing.pairs`; what lies behind is undefined. in_turns: W's rows are gate, up, gate, ..."""
@@ -162,7 +162,7 @@ def gate_up(
 
 def down(
     x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False,
-    tiling: Tiling | DenseTiling | None = None,
+    tiling: GroupedTiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [pairs, K] as `gate_up` gives it, weight [held, N, K], bias [held, N] -> each pair's product times the
     token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
@@ -173,7 +173,7 @@ def down(
 
 def _launch(
     x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
-    clamp: Clamp | None, pdl: bool, tiling: Tiling | DenseTiling | None,
+    clamp: Clamp | None, pdl: bool, tiling: GroupedTiling | DenseTiling | None,
 ) -> None:  # fmt: skip
     if not len(out):
         return

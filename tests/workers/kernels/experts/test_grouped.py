@@ -7,12 +7,12 @@ from torch import Tensor
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart
 from tests.workers.kernels.experts.mixtures import Weights, exact_route
 from workers.kernels.experts.dense import DenseTiling
-from workers.kernels.experts.grouped import Tiling, add_up, choose_tiling, down, gate_up, tile_size
+from workers.kernels.experts.grouped import GroupedTiling, add_up, choose_tiling, down, gate_up, tile_size
 from workers.kernels.experts.route import Routing, Rule, route
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # the interpreter multiplies bfloat16's bits
 EXPERTS, TOP = 6, 2
-SMALL = Tiling(16, 32, 4, 2)
+SMALL = GroupedTiling(16, 32, 4, 2)
 
 
 def _routing(scores: Tensor, size: int = 8, held: int = EXPERTS, first_held: int = 0, live: Tensor | None = None) -> Routing:
@@ -21,7 +21,7 @@ def _routing(scores: Tensor, size: int = 8, held: int = EXPERTS, first_held: int
 
 
 def _run(
-    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | DenseTiling | None = SMALL,
+    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: GroupedTiling | DenseTiling | None = SMALL,
     shared: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """first_held: the rank has all from there on."""
