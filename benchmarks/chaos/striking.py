@@ -15,7 +15,7 @@ POLL_S = 0.5
 
 
 class Striking(threading.Thread):
-    """Until `settle`. made: what has been done so far, in order."""
+    """Until `settle`. made: what has been done so far, in order. Errors: ServingError if the groups do not all come up."""
 
     def __init__(self, endpoint: Endpoint, shape: Shape, faults: Sequence[Fault], every_s: float, seed: int) -> None:
         super().__init__(name="faults", daemon=True)
@@ -25,8 +25,10 @@ class Striking(threading.Thread):
         self._faults = faults
         self._every_s = every_s
         self._draw = random.Random(seed)
-        self._usual = usual(endpoint)
         self._over = threading.Event()
+        self._usual: dict[str, int] = {}
+        self._until_whole(set())  # an endpoint is ready before all of its groups are
+        self._usual = usual(endpoint)
 
     def run(self) -> None:
         while not self._over.wait(self._every_s):

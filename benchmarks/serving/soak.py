@@ -43,6 +43,9 @@ COME_AGAIN = (429, 503)
 SURVIVED = "kill:peer,kill:leader,stop:peer,stop:leader,pause:scheduler"
 """Faults of which no request is lost."""
 
+REMEMBERING = ("gcs_server", "python -u log_monitor")
+"""Ray's own, which keep something of each process that there was: where ranks are replaced, theirs is told, and no fault."""
+
 GROWTH_HANDLES = 8
 """Threads or file descriptors that pools may still open."""
 
@@ -139,7 +142,8 @@ def grown(warm: dict[int, Process], late: dict[int, Process], replaced: bool) ->
         faults = [f"{late[pid].name} ({pid}) is new" for pid in late.keys() - warm.keys()]
         faults += [f"{warm[pid].name} ({pid}) has gone" for pid in warm.keys() - late.keys()]
     for pid in warm.keys() & late.keys():
-        faults += _grown(warm[pid], late[pid], pid)
+        if not (replaced and late[pid].name.startswith(REMEMBERING)):
+            faults += _grown(warm[pid], late[pid], pid)
     return faults
 
 
