@@ -65,13 +65,12 @@ NOTES = pytest.StashKey[list[str]]()
 
 @pytest.hookimpl(tryfirst=True)  # before what is marked slow is taken away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray comes first: it waits more than it computes."""
+    """What starts Ray comes first: it waits more than it computes. Of what is marked few, most is slow."""
     items.sort(key=lambda item: _place(item.nodeid.partition("::")[0]))
     cases: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and {mark.name for mark in item.iter_markers()} & {"few", "gpu"} == {"few"}:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-
     for each in cases.values():
         _mark_all_but_few(each)
 

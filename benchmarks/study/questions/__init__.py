@@ -1,0 +1,1 @@
+"""The five questions, each answered as plain data."""
