@@ -4,7 +4,7 @@ for it, else plain.
 Imports torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ GROUPS = (32, 64, 128)
 
 LEAST_COLUMNS = 16
 """Of which the library's FP8 products take multiples."""
+
+IN_INTEGERS = "awq", "gptq", "packed"
+"""Kinds of which those of four bits are kept."""
 
 LEAST_SPAN = 64
 """Columns of which experts in integers of four bits have a multiple: a quarter of them is multiplied at a time."""
@@ -52,13 +55,9 @@ class Forms:
 
     def of(self, parent: str, *names: str, columns: int) -> LinearForm:
         """Of the matrix that holds these modules' rows, or this rank's columns of one module."""
-        scheme, modules = self._scheme, [f"{parent}.{name}" for name in names]
-        if scheme is None:
-            return PLAIN
-        if scheme.made:
-            return LinearForm(8) if self._keeps else LinearForm(rounded=True)
-        stored = {scheme.form(module) if self._is_stored(module) else None for module in modules}
-        found = stored.pop() if len(stored) == 1 else None
+        if (form := self._of_all()) is not None:
+            return form
+        found = _single(self._stored(f"{parent}.{name}" for name in names))
         if found is None:
             return PLAIN
         form = kept_as(found, columns) if self._keeps else PLAIN
@@ -67,19 +66,30 @@ class Forms:
 
     def of_experts(self, modules: Sequence[str], columns: int) -> LinearForm:
         """Of the matrices that hold these modules' rows, or this rank's columns of them: one for all experts of a layer."""
-        scheme = self._scheme
-        if scheme is None:
-            return PLAIN
-        if scheme.made:
-            return LinearForm(8) if self._keeps else LinearForm(rounded=True)
-        stored = {scheme.form(module) if self._is_stored(module) else None for module in modules}
-        found = next(iter(stored)) if len(stored) == 1 else None
+        if (form := self._of_all()) is not None:
+            return form
+        stored = self._stored(modules)
+        found = _single(stored)
         form = kept_as(found, columns) if found is not None and self._keeps else PLAIN
-        if found is not None and found.kind in ("awq", "gptq", "packed") and columns % LEAST_SPAN:
+        if found is not None and found.kind in IN_INTEGERS and columns % LEAST_SPAN:
             form = PLAIN
         said = self._plain if form == PLAIN else self._kept
         said |= {f"{each} of experts" for each in stored if each is not None}
         return form
+
+    def _of_all(self) -> LinearForm | None:
+        """Where it is the same for every matrix."""
+        if self._scheme is None:
+            return PLAIN
+        if self._scheme.made:
+            return LinearForm(8) if self._keeps else LinearForm(rounded=True)
+        return None
+
+    def _stored(self, modules: Iterable[str]) -> set[WeightForm | None]:
+        """Every form that one of them is stored in; None: not quantised."""
+        scheme = self._scheme
+        assert scheme is not None, "else it is the same for all"
+        return {scheme.form(module) if self._is_stored(module) else None for module in modules}
 
     def says(self) -> str:
         """What has become of the layers that were asked for, in words."""
@@ -88,6 +98,11 @@ class Forms:
         said = [f"{', '.join(sorted(self._kept))} kept as they are"] if self._kept else []
         said += [f"{', '.join(sorted(self._plain))} kept as plain numbers"] if self._plain else []
         return "; ".join(said) or "nothing of it in the layers"
+
+
+def _single(stored: set[WeightForm | None]) -> WeightForm | None:
+    """The form that all are in, if there is one."""
+    return next(iter(stored)) if len(stored) == 1 else None
 
 
 def keeps_fewer_bits(device: torch.device) -> bool:
@@ -103,6 +118,6 @@ def kept_as(stored: WeightForm, columns: int) -> LinearForm:
         return LinearForm(8, group)
     if stored.kind == "mxfp4":
         return LinearForm(4, group, torch.float8_e8m0fnu)
-    if stored.bits == 4 and stored.kind in ("awq", "gptq", "packed") and group is not None:
+    if stored.bits == 4 and stored.kind in IN_INTEGERS and group is not None:
         return LinearForm(4, group, torch.float32 if stored.kind == "packed" else torch.float16)
     return PLAIN
