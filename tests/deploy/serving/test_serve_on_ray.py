@@ -264,19 +264,23 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         yield opened
 
 
-@pytest.fixture
-def whole(endpoint: Endpoint) -> Endpoint:
-    """As it is when nothing has happened to it, or when all of that is over."""
+def settled(endpoint: Endpoint) -> Endpoint:
     until("it is not ready", endpoint.ready, endpoint.status)
     endpoint.await_whole("it is not whole")
     until("it is not idle", endpoint.is_idle, endpoint.status)
     return endpoint
 
 
+@pytest.fixture
+def whole(endpoint: Endpoint) -> Endpoint:
+    """As it is when nothing has happened to it, or when all of that is over."""
+    return settled(endpoint)
+
+
 @pytest.fixture(scope="module")
 def expected(endpoint: Endpoint) -> list[str]:
     """What the endpoint says while nothing happens to it."""
-    streams = [Stream(endpoint, prompt).ended() for prompt in PROMPTS]
+    streams = [Stream(settled(endpoint), prompt).ended() for prompt in PROMPTS]
     assert [(stream.error, stream.reason) for stream in streams] == [(None, "length")] * len(PROMPTS)
     return [stream.text for stream in streams]
 
