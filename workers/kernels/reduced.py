@@ -217,5 +217,6 @@ class Rounded:
 def rounded_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, columns] -> float8_e4m3fn [rows, columns] and scales float32 [rows, 1], by which they are to be multiplied."""
     wide = numbers.float()
-    scales = wide.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(LARGEST_FP8)
+    largest = wide.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    scales = largest / torch.full_like(largest, LARGEST_FP8)  # by a number CUDA multiplies with its inverse
     return wide.div(scales).clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales

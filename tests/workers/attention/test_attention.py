@@ -255,7 +255,7 @@ def test_forms(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, device
     queries, contexts = [1, 1, 1, 1, 90, 3], [1, 36, 130, 2 * block + 9, 130, 70]
     problem = make_problem(make_step(queries, contexts, block), layout, heads=6, device=device, form=form)
     if backend == "flash" and not cast(FlashAttention, _flash(problem.pool, 6, problem.forms)).takes(form):
-        assert form.chunk is not None
+        assert form.chunk is not None or form.sinks
         return
     check(MAKE[backend], problem)
 

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, exact_norm
-from workers.kernels.products.many import expanded, product
+from workers.kernels.products.expand import expanded
+from workers.kernels.products.many import product
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS, Tiling, choose
-from workers.kernels.reduced import Reduced
+from workers.kernels.reduced import Microscaled, Reduced
 
 EPS = 1e-6
 N = 12
@@ -91,6 +92,15 @@ def test_spans_of_four_groups(device: str, form: str, columns: int, parts: int, 
 @pytest.mark.parametrize("columns", [384, 1024, 1152])
 def test_expanded(device: str, form: str, columns: int) -> None:
     weight = made(form, 7, columns, device)
+    assert torch.equal(expanded(weight, torch.float32), weight.numbers(torch.float32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [32, 160, 1152])
+def test_expanded_of_blocks_that_share_a_power_of_two(device: str, columns: int) -> None:
+    weight = Microscaled.empty(7, columns, torch.device(device))
+    scales = torch.randint(60, 190, (7, columns // 32), dtype=torch.uint8, device=device)
+    weight.fill(torch.randint(0, 16, (7, columns), dtype=torch.uint8, device=device), scales)
     assert torch.equal(expanded(weight, torch.float32), weight.numbers(torch.float32))
 
 

@@ -37,9 +37,9 @@ class DenseTiling:
 UP, DOWN = DenseTiling(128, 64, 8, 4), DenseTiling(256, 64, 8, 4, resident=True)
 
 
-def takes(x: Tensor, weight: Tensor, routing: Routing) -> bool:
-    """Whether there are enough pairs for it, and device and shapes are those of the copy engine."""
-    if routing.size < LEAST_PLACES or x.dtype == torch.float32 or weight.shape[2] * weight.itemsize % ALIGNED_BYTES:
+def takes(x: Tensor, columns: int, routing: Routing) -> bool:
+    """Whether there are enough pairs for it, and device and shapes are those of the copy engine. columns: of W."""
+    if routing.size < LEAST_PLACES or x.dtype == torch.float32 or columns * x.itemsize % ALIGNED_BYTES:
         return False
     return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in GENERATIONS
 

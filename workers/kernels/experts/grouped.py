@@ -17,11 +17,14 @@ from workers.kernels.experts.dense import DenseTiling, dense_product, takes
 from workers.kernels.experts.fewer import four_bit_sums
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
-from workers.kernels.experts.stacked import FOUR_BITS, Operand, Weight, operand
+from workers.kernels.experts.stacked import FOUR_BITS, Operand, Stacked, Weight, operand
 from workers.kernels.launch import enter, interpreted
 from workers.kernels.products.widen import of_fp8
 
 SUM_BLOCK = 1024
+LEAST_TO_EXPAND = {"fp8": 320, "int4": 96, "mxfp4": 96}
+"""Pairs of an expert, on average, from which on its matrix is widened before the product."""
+
 NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run together: W is in the L2 cache for an expert's others
 
 
@@ -171,6 +174,14 @@ def down(
     return out
 
 
+def _pays_to_expand(x: Tensor, weight: Stacked, routing: Routing) -> bool:
+    """Whether the experts have so many pairs that it takes less to write their numbers into memory, where the copy engine finds
+    them, than to widen them in each tile anew. The numbers are there for this product alone."""
+    if not takes(x, weight.shape[2], routing):
+        return False
+    return len(routing.pairs) >= LEAST_TO_EXPAND[operand(weight).kind] * weight.experts
+
+
 def _launch(
     x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
     clamp: Clamp | None, pdl: bool, tiling: GroupedTiling | DenseTiling | None,
@@ -178,7 +189,10 @@ def _launch(
     if not len(out):
         return
     pdl = pdl and not interpreted()
-    if isinstance(weight, Tensor) and (isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing))):
+    if tiling is None and isinstance(weight, Stacked) and _pays_to_expand(x, weight, routing):
+        weight = weight.expanded(x.dtype)
+    dense = takes(x, weight.shape[2], routing) if tiling is None else isinstance(tiling, DenseTiling)
+    if isinstance(weight, Tensor) and dense:
         dense_product(x, weight, bias, out, routing, gated, in_turns, clamp, pdl, tiling)
         return
     assert not isinstance(tiling, DenseTiling), "of plain numbers"

@@ -14,6 +14,8 @@ Matrices in fewer bits become numbers in registers (`fewer`), and `down` asks fo
 Imports torch and triton.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
@@ -22,18 +24,14 @@ from torch import Tensor
 from workers.kernels.experts.fewer import streamed
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
-from workers.kernels.experts.stacked import FOUR_BITS, Weight, operand
+from workers.kernels.experts.stacked import FOUR_BITS, Operand, Weight, operand
 from workers.kernels.launch import enter_last, fetch_rows, interpreted
 from workers.kernels.products.widen import ONE
 
 FEW_TOKENS, FEW_OF_FOUR_BITS = 4, 2
-WARPS, FEWER_WARPS = 4, 1  # of a program; in fewer bits a warp has all rows, as otherwise x would go through shared memory
-ROWS = tl.constexpr(4)  # that a program takes: of gate, and as many of up; of down, each of all of a token's experts
-MOST_COLUMNS = 2048  # that `_up` takes at a time
+MOST_COLUMNS = 2048  # that `_up` takes at a time of plain numbers
 MOST_HELD = 3  # turns of `_down` whose W is in registers before it waits
-FEWER_STAGES = tl.constexpr(3)  # tiles of W in fewer bits ahead of the sums
 MOST_UNROLLED = 8  # turns of `_down`
-FEWER_COLUMNS = (1024, 512), (512, 256)  # in fewer bits, that `_up` takes at a time, and `_down`
 MOST_BEYOND = 8  # one part in so many of what is read at a time may lie beyond the last column
 
 
@@ -42,16 +40,35 @@ def most_tokens(*weights: Weight) -> int:
     return FEW_OF_FOUR_BITS if any(operand(weight).kind in FOUR_BITS for weight in weights) else FEW_TOKENS
 
 
-def choose_columns(k: int) -> int:
-    """That `_down` takes at a time of each of a token's experts, by shape alone. k: the numbers of a row."""
-    return next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k))))
+@dataclass(frozen=True, slots=True)
+class StreamTiling:
+    """How one product is cut: rows that a program takes, of `_up` those of gate and as many of up, of `_down` each of all of a
+    token's experts; columns that it takes at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1  # in fewer bits; 1: what is read at a time goes to registers, and other programs compute meanwhile
 
 
-def choose_fewer_columns(k: int, gated: bool, span: int) -> int:
-    """Likewise, of either product with W in fewer bits, where so many columns lie together."""
-    sizes = FEWER_COLUMNS[0 if gated else 1]
-    fits = (size for size in sizes if -k % size * MOST_BEYOND <= k)
-    return max(span, next(fits, min(sizes[-1], int(triton.next_power_of_2(k)))))
+FEWER = {
+    ("fp8", True): StreamTiling(4, 1024, 1, 3), ("fp8", False): StreamTiling(4, 512, 1, 3),
+    ("int4", True): StreamTiling(4, 1024, 1, 3), ("int4", False): StreamTiling(4, 512, 1, 3),
+    ("mxfp4", True): StreamTiling(4, 1024, 1, 3), ("mxfp4", False): StreamTiling(4, 512, 1, 3),
+}  # fmt: skip
+"""By kind and whether it is gate and up; of columns as many at most."""
+
+
+def choose_streaming(k: int, gated: bool, w: Operand) -> StreamTiling:
+    """By shape alone. k: the numbers of a row."""
+    if w.kind != "plain":
+        tiling = FEWER[w.kind, gated]
+        sizes = tiling.columns, tiling.columns // 2
+        fits = (size for size in sizes if -k % size * MOST_BEYOND <= k)
+        return replace(tiling, columns=max(w.span, next(fits, min(sizes[-1], int(triton.next_power_of_2(k))))))
+    if gated:
+        return StreamTiling(4, min(MOST_COLUMNS, int(triton.next_power_of_2(k))), 4)
+    return StreamTiling(4, next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k)))), 4)
 
 
 @triton.jit
@@ -82,7 +99,8 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
         COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
-        GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+        GROUP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+        PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice. one: `widen.ONE`."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     WHOLE: tl.constexpr = K <= COLUMNS
@@ -133,7 +151,7 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         of_all = expert * (2 * N) + rows
         x_at, there = source + tl.zeros([1, 1], tl.int32), tl.full([1, 1], 1, tl.int1)
         sums = tl.zeros([2, ROWS, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
-        for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
+        for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
             sums += streamed(weight, scales, zeros, of_all, x_at, there, norm_weight, start, one, 2, ROWS, K, COLUMNS, True,
                              KIND, GROUP, SPAN)  # fmt: skip
         total = tl.sum(sums, 2) * scale
@@ -148,7 +166,8 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
 
 
 @triton.jit
-def _turn(x, tile, shares, first_pair, start, K: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr):
+def _turn(x, tile, shares, first_pair, start, K: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr,
+          COLUMNS: tl.constexpr):  # fmt: skip
     """What COLUMNS numbers of each of a token's pairs give, times the pairs' weights: [ROWS, PLACES, COLUMNS / 8]."""
     place, column = tl.arange(0, PLACES)[:, None], start + tl.arange(0, COLUMNS)[None, :]
     a = tl.load(x + (first_pair + place) * K + column, mask=(place < TOP) & (column < K), other=0.0).to(tl.float32)
@@ -166,7 +185,8 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
           one,
           N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
           COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
-          KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+          STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of one token, over all of its experts. What it has of W before it waits depends on the scores
     alone, which `_up` has waited for before this one may start."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -200,24 +220,24 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
         return
     shares = tl.load(weights + token * TOP + place, mask=place < TOP, other=0.0)
     if KIND == "plain":
-        sums = _turn(x, tile0, shares, token * TOP, 0, K, TOP, PLACES, COLUMNS)
+        sums = _turn(x, tile0, shares, token * TOP, 0, K, TOP, ROWS, PLACES, COLUMNS)
         if HELD > 1:
-            sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, PLACES, COLUMNS)
+            sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, ROWS, PLACES, COLUMNS)
         if HELD > 2:
-            sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, PLACES, COLUMNS)
+            sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, ROWS, PLACES, COLUMNS)
         if UNROLLED:
             for start in tl.static_range(HELD * COLUMNS, K, COLUMNS):
                 tile = _tile(base, start, K, COLUMNS)
-                sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
+                sums += _turn(x, tile, shares, token * TOP, start, K, TOP, ROWS, PLACES, COLUMNS)
         else:
             for start in tl.range(HELD * COLUMNS, K, COLUMNS, num_stages=4):
                 tile = _tile(base, start, K, COLUMNS)
-                sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
+                sums += _turn(x, tile, shares, token * TOP, start, K, TOP, ROWS, PLACES, COLUMNS)
         total = tl.sum(tl.sum(sums, 2), 1)
     else:
         x_at, there = x + (token * TOP + place)[None, :] * K, (place < TOP)[None, :]
         sums = tl.zeros([ROWS, PLACES, COLUMNS // (16 if KIND == "fp8" else 32)], tl.float32)
-        for start in tl.range(0, K, COLUMNS, num_stages=FEWER_STAGES):
+        for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
             sums += streamed(weight, scales, zeros, rows, x_at, there, shares[None, :], start, one, ROWS, PLACES, K, COLUMNS,
                              False, KIND, GROUP, SPAN)  # fmt: skip
         each = tl.sum(sums, 2)
@@ -237,7 +257,7 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
 def few_up(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, scores: Tensor, load: Tensor, rule: Rule, *,
     live: Tensor | None = None, bias: Tensor | None = None, in_turns: bool = False, clamp: Clamp | None = None,
-    pdl: bool = False,
+    pdl: bool = False, tiling: StreamTiling | None = None,
 ) -> tuple[Tensor, Choice]:  # fmt: skip
     """x [tokens, K], of which the RMSNorm is taken; weight [experts, 2 * N, K], bias [experts, 2 * N]; scores, load,
     rule, live as `choose` takes them -> SwiGLU of each pair, [tokens * per_token, N], of padding undefined, and the choice."""
@@ -249,24 +269,23 @@ def few_up(
     gates = torch.empty(tokens, dtype=torch.float32, device=x.device) if scores.shape[1] > experts else None
     pdl = pdl and not interpreted()
     w = operand(weight)
-    plain = w.kind == "plain"
-    columns = min(MOST_COLUMNS, triton.next_power_of_2(k)) if plain else choose_fewer_columns(k, True, w.span)
-    warps = WARPS if plain else FEWER_WARPS
-    _up[(tokens + tokens * top * triton.cdiv(n, ROWS.value),)](
+    tiling = tiling or choose_streaming(k, True, w)
+    _up[(tokens + tokens * top * triton.cdiv(n, tiling.rows),)](
         x, norm_weight, w.values, w.values if bias is None else bias, scores, scores if live is None else live, chosen, weights,
         weights if gates is None else gates, load, out, w.scales, w.zeros, x.stride(0), scores.stride(0), tokens, eps,
         clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, ONE, N=n, K=k, EXPERTS=experts,
         BLOCK=triton.next_power_of_2(experts), TOP=top, PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all,
         NORMALIZED=rule.normalized, LIVE=live is not None, SHARED=gates is not None,
-        COLUMNS=columns, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group,
-        SPAN=w.span, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        COLUMNS=tiling.columns, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group,
+        SPAN=w.span, ROWS=tiling.rows, WARPS=tiling.warps, STAGES=tiling.stages, PDL=pdl, num_warps=tiling.warps,
+        launch_pdl=pdl,
     )  # fmt: skip
     return out, Choice(chosen, weights, gates)
 
 
 def few_down(
     x: Tensor, weight: Weight, choice: Choice, scores: Tensor, residual: Tensor, *, bias: Tensor | None = None,
-    shared: Tensor | None = None, pdl: bool = False,
+    shared: Tensor | None = None, pdl: bool = False, tiling: StreamTiling | None = None,
 ) -> None:  # fmt: skip
     """Adds each token's experts to residual [tokens, N], in float32 and rounded once; padding stays as it was.
 
@@ -276,16 +295,16 @@ def few_down(
     experts, n, k = weight.shape
     top = choice.per_token
     w = operand(weight)
-    plain = w.kind == "plain"
-    columns = choose_columns(k) if plain else choose_fewer_columns(k, False, w.span)
-    turns, warps = triton.cdiv(k, columns), WARPS if plain else FEWER_WARPS
+    tiling = tiling or choose_streaming(k, False, w)
+    turns = triton.cdiv(k, tiling.columns)
     pdl = pdl and not interpreted()
     added = residual if shared is None else shared
-    _down[(len(residual) * triton.cdiv(n, ROWS.value),)](
+    _down[(len(residual) * triton.cdiv(n, tiling.rows),)](
         x, w.values, w.values if bias is None else bias, scores, choice.chosen, choice.weights,
         choice.weights if choice.gates is None else choice.gates, added, residual, w.scales, w.zeros, scores.stride(0),
         added.stride(0), residual.stride(0), ONE, N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
-        PLACES=triton.next_power_of_2(top), COLUMNS=columns, HELD=min(MOST_HELD, turns) if plain else 0,
+        PLACES=triton.next_power_of_2(top), COLUMNS=tiling.columns, HELD=min(MOST_HELD, turns) if w.kind == "plain" else 0,
         UNROLLED=turns <= MOST_UNROLLED, BIAS=bias is not None, SHARED=shared is not None, KIND=w.kind, GROUP=w.group,
-        SPAN=w.span, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        SPAN=w.span, ROWS=tiling.rows, WARPS=tiling.warps, STAGES=tiling.stages, PDL=pdl, num_warps=tiling.warps,
+        launch_pdl=pdl,
     )  # fmt: skip

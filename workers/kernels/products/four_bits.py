@@ -93,7 +93,7 @@ def of_groups(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER:
 
 
 @triton.jit
-def added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr, PRECISION: tl.constexpr = "tf32"):
+def added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """sums [ROWS, TOKENS] and the products of what is in elements with x, each times its scale."""
     n0, n1, n2, n3 = _numbers(elements, zeros[0], zeros[1], zeros[2], zeros[3], DTYPE)
     sums += tl.dot(n0, a0, input_precision=PRECISION) * scales[0].to(tl.float32)[:, None]
@@ -158,9 +158,9 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
         a1 = tl.load(x_at + column + QUARTER, mask=there, other=0.0)
         a2 = tl.load(x_at + column + 2 * QUARTER, mask=there, other=0.0)
         a3 = tl.load(x_at + column + 3 * QUARTER, mask=there, other=0.0)
-        sums = added(sums, tile, its_zeros, its_scales, a0, a1, a2, a3, DTYPE)
+        sums = added(sums, tile, its_zeros, its_scales, a0, a1, a2, a3, DTYPE, "tf32")
         if GATED:
-            gated = added(gated, other, other_zeros, other_scales, a0, a1, a2, a3, DTYPE)
+            gated = added(gated, other, other_zeros, other_scales, a0, a1, a2, a3, DTYPE, "tf32")
     total, up = sums, gated
 
     if PARTS > 1:

@@ -4,21 +4,19 @@
     FP8, a scale for each 128 x 128       x rounded token by token in groups of 128 columns, the library's product of blocks
     other FP8, four bits, other dtypes    the matrix widened into memory, the library's product
 
-Up to as many tokens as `matvec` takes, it computes what `choose` gives it. Imports torch and triton.
+Up to as many tokens as `matvec` takes, it computes what `choose` gives it. Imports torch and the kernels.
 """
 
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import interpreted
+from workers.kernels.products.expand import expanded
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS, choose
-from workers.kernels.products.widen import ONE, of_four_bits, of_fp8
 from workers.kernels.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.rows.rounding import rounded
 
@@ -83,48 +81,3 @@ def _library(x: Rounded, weight: Reduced, bias: Tensor | None) -> Tensor:
         out = F.scaled_mm(x.values, weight.values.T, x.scales.T, kinds[0], weight.blocks.T, kinds[1], output_dtype=x.dtype)
     out = out[: len(x)]
     return out if bias is None else out.add_(bias)
-
-
-def expanded(weight: Reduced, dtype: torch.dtype) -> Tensor:
-    """What the matrix stands for, [rows, columns], on its device."""
-    rows, columns = weight.shape
-    out = torch.empty(rows, columns, dtype=dtype, device=weight.values.device)
-    zeros = weight.scales if weight.zeros is None else weight.zeros
-    tile = 4, min(1024, triton.next_power_of_2(columns))
-    grid = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
-    _expand[grid](
-        weight.values, weight.scales, zeros, out, ONE, N=rows, K=columns, BITS=weight.bits,
-        GROUP=0 if weight.by_row else weight.group, SPAN=weight.span if weight.bits == 4 else 0, ROWS=tile[0], COLUMNS=tile[1],
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _expand(values, scales, zeros, out, one, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-            SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: a tile of [ROWS, COLUMNS], or of as many columns in elements of four."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    safe = tl.minimum(rows, N - 1)
-    from_row = safe.to(tl.int64)[:, None] * K
-    into = out + rows.to(tl.int64)[:, None] * K
-    if BITS == 4:
-        QUARTER: tl.constexpr = SPAN // 4
-        WIDTH: tl.constexpr = COLUMNS // 4
-        element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        eight = tl.program_id(1) * WIDTH + 8 * tl.arange(0, WIDTH // 8)
-        column, firsts = element // QUARTER * SPAN + element % QUARTER, eight // QUARTER * SPAN + eight % QUARTER
-        there = (element < K // 4)[None, :]
-        tile = tl.load(values + from_row // 4 + element[None, :], mask=there, other=0)
-        for place in tl.static_range(4):
-            ahead = place * QUARTER
-            numbers = of_four_bits(tile, scales, zeros, safe, firsts + ahead, one, place, K, GROUP, ROWS, WIDTH)
-            tl.store(into + (column + ahead)[None, :], numbers.to(out.dtype.element_ty), mask=(rows < N)[:, None] & there)
-    else:
-        start = tl.program_id(1) * COLUMNS
-        column = start + tl.arange(0, COLUMNS)
-        there = (column < K)[None, :]
-        tile = tl.load(values + from_row + column[None, :], mask=there, other=0.0)
-        numbers = of_fp8(tile, scales, safe, start, GROUP, K, ROWS, COLUMNS)
-        if GROUP == 0:
-            numbers *= tl.load(scales + safe).to(tl.float32)[:, None]
-        tl.store(into + column[None, :], numbers.to(out.dtype.element_ty), mask=(rows < N)[:, None] & there)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, exact_norm
 from tests.workers.kernels.experts.mixtures import Weights, exact_route
+from workers.kernels.experts.dense import DenseTiling
 from workers.kernels.experts.gating import Clamp
 from workers.kernels.experts.grouped import add_up, choose_tiling, down, gate_up, tile_size
 from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stacked import Operand, Stacked
-from workers.kernels.experts.stream import choose_fewer_columns, few_down, few_up
+from workers.kernels.experts.stream import StreamTiling, choose_streaming, few_down, few_up
 from workers.kernels.reduced import Microscaled, Reduced
 
 EXPERTS, TOP, EPS = 5, 2, 1e-5
@@ -59,6 +60,8 @@ def _off(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.few
+@pytest.mark.parametrize("tiling", [None, StreamTiling(4, 128, 1, 3), StreamTiling(2, 128, 2)])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("kind", "dtype", "width", "hidden", "biased"),
@@ -69,10 +72,9 @@ def _off(got: Tensor, exact: Tensor) -> float:
     ],
 )  # fmt: skip
 def test_few_tokens(
-    device: str, kind: str, dtype: torch.dtype, width: int, hidden: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, kind: str, dtype: torch.dtype, width: int, hidden: int, biased: bool, tiling: StreamTiling | None
 ) -> None:
     """In several turns, the last of which is not full."""
-    monkeypatch.setattr("workers.kernels.experts.stream.FEWER_COLUMNS", ((128,), (128,)))
     up, narrow, weights = mixture(kind, width, hidden, device, biased)
     x, norm = apart(torch.randn(2, hidden, device=device).to(dtype)), torch.randn(hidden, device=device).to(dtype)
     scores, live = torch.randn(2, EXPERTS, device=device), torch.tensor([True, False], device=device)
@@ -81,9 +83,9 @@ def test_few_tokens(
     before, load = x.clone(), torch.zeros(EXPERTS, dtype=torch.int64, device=device)
     act, choice = few_up(
         x, norm, EPS, up, scores, load, RULE, live=live, bias=weights.gate_up_bias, in_turns=weights.in_turns,
-        clamp=weights.clamp,
+        clamp=weights.clamp, tiling=tiling,
     )  # fmt: skip
-    few_down(act, narrow, choice, scores, x, bias=weights.down_bias)
+    few_down(act, narrow, choice, scores, x, bias=weights.down_bias, tiling=tiling)
     assert _off(x[:1], exact[:1]) < 2 * TOLERANCE[dtype]
     assert torch.equal(x[1], before[1])
 
@@ -118,6 +120,25 @@ def test_many_tokens(device: str, kind: str, dtype: torch.dtype, width: int, hid
         assert _off(add_up(parts, routing, held=held, first_held=first), exact) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "biased"), [("mxfp4", True), ("fp8", False), ("int4-32", True)])
+def test_so_many_tokens_that_numbers_are_widened_before(
+    device: str, kind: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up, narrow, weights = mixture(kind, 64, 64, device, biased)
+    x, scores = torch.randn(40, 64, device=device).to(torch.float16), torch.randn(40, EXPERTS, device=device)
+    chosen, shares = exact_route(scores, TOP, True, True)
+    routing = route(scores, torch.zeros(EXPERTS, dtype=torch.int64, device=device), RULE, held=EXPERTS, size=128)
+    monkeypatch.setattr("workers.kernels.experts.grouped.LEAST_TO_EXPAND", {up.matrix.kind: 40 * TOP // EXPERTS})
+    monkeypatch.setattr("workers.kernels.experts.dense.UP", DenseTiling(32, 32, 4, 3))
+    monkeypatch.setattr("workers.kernels.experts.dense.DOWN", DenseTiling(32, 32, 4, 3))
+    monkeypatch.setattr("workers.kernels.experts.grouped.choose_tiling", None)  # whose kernel is not asked
+    act = gate_up(x, up, routing, bias=weights.gate_up_bias, in_turns=weights.in_turns, clamp=weights.clamp)
+    parts = down(act, narrow, routing, bias=weights.down_bias)
+    exact = weights.exact_mixture(x, chosen, shares, range(EXPERTS))
+    assert _off(add_up(parts, routing, held=EXPERTS), exact) < 2 * TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize(("kind", "group"), [("mxfp4", 32), ("fp8", 0), ("fp8", 64), ("fp8", 128), ("int4", 32), ("int4", 128)])
 def test_what_is_read_at_a_time(kind: str, group: int) -> None:
     """Lies together, in shared memory that there is, and little of it beyond a row."""
@@ -128,7 +149,7 @@ def test_what_is_read_at_a_time(kind: str, group: int) -> None:
         span = {"mxfp4": 128, "fp8": 16, "int4": min(4 * group, columns & -columns)}[kind]
         w = Operand(nothing, nothing, nothing, kind, group, span)
         for gated in (True, False):
-            at_once = choose_fewer_columns(columns, gated, span)
+            at_once = choose_streaming(columns, gated, w).columns
             assert at_once % span == 0
             assert -(-columns // at_once) * at_once <= 1.34 * columns
             for size in (8, 16, 32, 64, 128):
