@@ -191,8 +191,9 @@ def _launch(
     pdl = pdl and not interpreted()
     if tiling is None and isinstance(weight, Stacked) and _pays_to_expand(x, weight, routing):
         weight = weight.expanded(x.dtype)
-    dense = takes(x, weight.shape[2], routing) if tiling is None else isinstance(tiling, DenseTiling)
-    if isinstance(weight, Tensor) and dense:
+    if isinstance(weight, Tensor) and (
+        isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight.shape[2], routing))
+    ):
         dense_product(x, weight, bias, out, routing, gated, in_turns, clamp, pdl, tiling)
         return
     assert not isinstance(tiling, DenseTiling), "of plain numbers"
