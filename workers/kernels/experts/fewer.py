@@ -7,7 +7,7 @@ Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.products.four_bits import added, of_groups
+from workers.kernels.products.four_bits import added, of_scales, of_zeros
 from workers.kernels.products.mxfp4 import made_good, plain_power, scaled, sixty_fourths
 from workers.kernels.products.widen import between_one_and_two
 
@@ -110,11 +110,12 @@ def _tile_sums(sums, elements, scale, zero, a0, a1, a2, a3, KIND: tl.constexpr, 
 
 
 @triton.jit
-def _of_place(scales, zeros, rows, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
+def _of_place(scales, zeros, rows, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+              FOURS: tl.constexpr):  # fmt: skip
     """The scales and zero points [ROWS] of the four quarters at that column; of MXFP4 all scales in one element."""
     if KIND == "int4":
-        scale = of_groups(scales, rows, column, K, GROUP, SPAN // 4)
-        zero = of_groups(zeros, rows, column, K, GROUP, SPAN // 4)
+        scale = of_scales(scales, rows, column, K, GROUP, SPAN // 4, FOURS)
+        zero = of_zeros(zeros, rows, column, K, GROUP, SPAN // 4, FOURS)
     else:
         scale = tl.load(scales + rows * ((K + SPAN - 1) // SPAN) + column // SPAN)
         zero = scale
@@ -131,7 +132,7 @@ def _of_x(at, column, there, K: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.cons
 @triton.jit
 def four_bit_sums(x, weight, scales, zeros, rows, others, source, there, x_stride, K: tl.constexpr, ROWS: tl.constexpr,
                   SIZE: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
-                  GROUP: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  GROUP: tl.constexpr, SPAN: tl.constexpr, FOURS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """W's rows [ROWS] and with GATED `others` times x[source], [ROWS, SIZE] each. COLUMNS divides SPAN: what is read at a time
     are elements that follow one another, and each of their quarters shares a scale."""
     WIDTH: tl.constexpr = COLUMNS // 4
@@ -145,9 +146,9 @@ def four_bit_sums(x, weight, scales, zeros, rows, others, source, there, x_strid
     ups = sums
     for start in tl.range(0, ROW, WIDTH, num_stages=STAGES):
         column = tl.multiple_of(start // QUARTER * SPAN + start % QUARTER, WIDTH)
-        scale, zero = _of_place(scales, zeros, rows, column, K, KIND, GROUP, SPAN)
+        scale, zero = _of_place(scales, zeros, rows, column, K, KIND, GROUP, SPAN, FOURS)
         if GATED:
-            scale_of_other, zero_of_other = _of_place(scales, zeros, others, column, K, KIND, GROUP, SPAN)
+            scale_of_other, zero_of_other = _of_place(scales, zeros, others, column, K, KIND, GROUP, SPAN, FOURS)
         a0 = _of_x(x_at, column, there, K, WIDTH, SPAN)
         a1 = _of_x(x_at, column + QUARTER, there, K, WIDTH, SPAN)
         a2 = _of_x(x_at, column + 2 * QUARTER, there, K, WIDTH, SPAN)

@@ -19,6 +19,7 @@ from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
 from workers.kernels.experts.stacked import FOUR_BITS, Operand, Stacked, Weight, operand
 from workers.kernels.launch import enter, interpreted
+from workers.kernels.products.four_bits import in_fours
 from workers.kernels.products.widen import of_fp8
 
 SUM_BLOCK = 1024
@@ -66,14 +67,26 @@ def choose_tiling(size: int, dtype: torch.dtype, gated: bool, w: Operand | None 
 def _tiling_of_fewer(size: int, dtype: torch.dtype, gated: bool, w: Operand) -> GroupedTiling:
     """Columns that are read at a time share a scale, of four bits those of each quarter. Sums that scales are applied to take
     registers, as do numbers of FP8, which are widened all at once."""
-    columns = min(128, w.span if w.kind in FOUR_BITS else w.group or 128)
+    most = 256 if w.kind == "int4" and size <= 16 else 128
+    columns = min(most, w.span if w.kind in FOUR_BITS else w.group or most)
     if dtype == torch.float32:
-        return GroupedTiling(32, columns, 4, 2)
+        return GroupedTiling(32, min(128, columns), 4, 2)
+    if size <= 16:
+        return _of_few(size, gated, w.kind, columns)
     if gated and size > 32 and (w.kind == "int4" or (w.kind == "fp8" and size > 64)):
         columns = min(64, columns)
     if size > 64:
         return GroupedTiling(64 if w.kind == "int4" else 128, columns, 8, 2 if gated and w.kind == "mxfp4" else 3)
     return GroupedTiling(128 if size < 64 and not gated and w.kind in FOUR_BITS else 64, columns, 4, 3)
+
+
+def _of_few(size: int, gated: bool, kind: str, columns: int) -> GroupedTiling:
+    """The best of a sweep on an H200: small programs, of which there are more."""
+    if kind == "int4":
+        return GroupedTiling(32, columns, 2, 3) if gated and size == 8 else GroupedTiling(64, columns, 4, 3)
+    if kind == "fp8":
+        return GroupedTiling(32 if gated else 64, columns, 2, 3)
+    return GroupedTiling(64, columns, 2 if size == 8 and not gated else 4, 3)
 
 
 @triton.jit
@@ -90,10 +103,10 @@ def _weights(weight, scales, rows, start, K: tl.constexpr, ROWS: tl.constexpr, C
 def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x_stride, alpha, limit, N: tl.constexpr,
              K: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
              STAGES: tl.constexpr, GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
-             KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
+             KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, FOURS: tl.constexpr, PRECISION: tl.constexpr,
              PDL: tl.constexpr):  # fmt: skip
     """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: of the output.
-    weight, scales, zeros, KIND, GROUP, SPAN: as `Operand` has them."""
+    weight, scales, zeros, KIND, GROUP, SPAN: as `Operand` has them; FOURS, and with it scales and zeros: as `in_fours` does."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     within = tl.program_id(0) % (BLOCKS * NEIGHBOURS)
     tile = tl.program_id(0) // (BLOCKS * NEIGHBOURS) * NEIGHBOURS + within % NEIGHBOURS
@@ -116,7 +129,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
 
     if KIND == "int4" or KIND == "mxfp4":
         sums, ups = four_bit_sums(x, weight, scales, zeros, rows, others, source, there, x_stride, K, ROWS, SIZE, COLUMNS,
-                                  STAGES, GATED, KIND, GROUP, SPAN, PRECISION)  # fmt: skip
+                                  STAGES, GATED, KIND, GROUP, SPAN, FOURS, PRECISION)  # fmt: skip
     else:
         DTYPE: tl.constexpr = x.dtype.element_ty
         column = tl.arange(0, COLUMNS)
@@ -199,14 +212,15 @@ def _launch(
     assert not isinstance(tiling, DenseTiling), "of plain numbers"
     w = operand(weight)
     tiling = tiling or choose_tiling(routing.size, x.dtype, gated, None if isinstance(weight, Tensor) else w)
+    scales, zeros, fours = in_fours(w.scales, w.zeros, w.group, w.span) if w.kind == "int4" else (w.scales, w.zeros, 0)
     n = out.shape[1]
     tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
     _product[(tiles * triton.cdiv(n, tiling.rows),)](
         x, w.values, w.values if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
-        w.scales, w.zeros, x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
+        scales, zeros, x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
         TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated,
         IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group, SPAN=w.span,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        FOURS=fours, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -5,11 +5,13 @@ and become numbers where they are multiplied, two at a time, as in Marlin (Frant
 number whose last bit is worth 1, from which that number and the zero point are subtracted. What is left is whole and small, and
 exact in any dtype; a scale is applied to the sums of its group.
 
-K may be split among programs, as in `tiles`. Imports triton.
+K may be split among programs, as in `tiles`. Imports torch and triton.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from workers.kernels.launch import fetch_rows, interpreted
 from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sums_of_parts
@@ -84,12 +86,50 @@ def _numbers(elements, z0, z1, z2, z3, DTYPE: tl.constexpr):
     return n0, n1, n2, n3
 
 
+def in_fours(scales: Tensor, zeros: Tensor, group: int, span: int) -> tuple[Tensor, Tensor, int]:
+    """Scales and zero points as the kernels read them, and how many bits of an element a scale has. Where a span has 4 groups,
+    elements are large enough to be on their way while the span before is multiplied; 0: they are as they come."""
+    bits = 8 * scales.element_size()
+    if span != 4 * group or scales.dtype not in (torch.float16, torch.float32):
+        return scales, zeros, 0
+    return scales.view(torch.int64), zeros.view(torch.int32), bits
+
+
 @triton.jit
-def of_groups(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr):
-    """What the groups of that column and of those a quarter, two and three quarters on have for each of `rows`: [ROWS] each."""
+def _of_each(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr):
     at = base + rows * (K // GROUP)
     v0, v1 = tl.load(at + column // GROUP), tl.load(at + (column + QUARTER) // GROUP)
     return v0, v1, tl.load(at + (column + 2 * QUARTER) // GROUP), tl.load(at + (column + 3 * QUARTER) // GROUP)
+
+
+@triton.jit
+def of_zeros(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr, FOURS: tl.constexpr):
+    """The zero points of the groups of that column and of those a quarter, two and three quarters on, [ROWS] each. FOURS: as
+    `in_fours` has it."""
+    if FOURS == 0:
+        z0, z1, z2, z3 = _of_each(base, rows, column, K, GROUP, QUARTER)
+    else:
+        four = tl.load(base + rows * (K // GROUP // 4) + column // (4 * GROUP))
+        z0, z1, z2, z3 = four & 255, (four >> 8) & 255, (four >> 16) & 255, (four >> 24) & 255
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def of_scales(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr, FOURS: tl.constexpr):
+    """Their scales."""
+    if FOURS == 0:
+        s0, s1, s2, s3 = _of_each(base, rows, column, K, GROUP, QUARTER)
+    elif FOURS == 16:
+        four = tl.load(base + rows * (K // GROUP // 4) + column // (4 * GROUP))
+        low, high = four.to(tl.int32), (four >> 32).to(tl.int32)
+        s0, s1 = low.to(tl.int16).to(tl.float16, bitcast=True), (low >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        s2, s3 = high.to(tl.int16).to(tl.float16, bitcast=True), (high >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        at = base + rows * (K // GROUP // 2) + column // (4 * GROUP) * 2
+        first, second = tl.load(at), tl.load(at + 1)
+        s0, s1 = first.to(tl.int32).to(tl.float32, bitcast=True), (first >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        s2, s3 = second.to(tl.int32).to(tl.float32, bitcast=True), (second >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return s0, s1, s2, s3
 
 
 @triton.jit
@@ -103,21 +143,26 @@ def added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr, PR
 
 
 @triton.jit
-def _fetch(weight, scales, zeros, rows, begin, K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr):
+def _fetch(weight, scales, zeros, rows, begin, K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+           FOURS: tl.constexpr):  # fmt: skip
     """Asks for what the program is going to read of W: from that element of `rows` on."""
+    EACH: tl.constexpr = 4 if FOURS > 0 else 1  # zero points of an element
+    ROW: tl.constexpr = K // GROUP // EACH
+    MORE: tl.constexpr = 2 if FOURS == 32 else 1  # elements of scales for one of zero points
     fetch_rows(weight + begin, rows, K // 4, K // 4 // PARTS)
-    fetch_rows(scales + 4 * begin // GROUP, rows, K // GROUP, (K // GROUP + PARTS - 1) // PARTS)
-    fetch_rows(zeros + 4 * begin // GROUP, rows, K // GROUP, (K // GROUP + PARTS - 1) // PARTS)
+    at = 4 * begin // (GROUP * EACH)
+    fetch_rows(scales + MORE * at, rows, MORE * ROW, MORE * ((ROW + PARTS - 1) // PARTS))
+    fetch_rows(zeros + at, rows, ROW, (ROW + PARTS - 1) // PARTS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, out_stride, N: tl.constexpr,
                    K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
-                   GROUP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-                   GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   GROUP: tl.constexpr, FOURS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+                   RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K, COLUMNS at
-    a time: elements that follow one another. weight, scales, zeros, SPAN: as `Reduced` has them; COLUMNS divides SPAN and
-    K / PARTS. partial, counters: as in `tiles`.
+    a time: elements that follow one another. weight, SPAN: as `Reduced` has them; scales, zeros, FOURS: as `in_fours` gives
+    them. COLUMNS divides SPAN and K / PARTS. partial, counters: as in `tiles`.
     """
     ROW: tl.constexpr = K // 4  # elements
     PART: tl.constexpr = ROW // PARTS
@@ -132,9 +177,9 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
     begin = tl.program_id(0) % PARTS * PART
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        _fetch(weight, scales, zeros, safe, begin, K, GROUP, PARTS)
+        _fetch(weight, scales, zeros, safe, begin, K, GROUP, PARTS, FOURS)
         if GATED:
-            _fetch(weight, scales, zeros, N + safe, begin, K, GROUP, PARTS)
+            _fetch(weight, scales, zeros, N + safe, begin, K, GROUP, PARTS, FOURS)
         tl.extra.cuda.gdc_wait()
 
     element = tl.arange(0, WIDTH)
@@ -146,11 +191,11 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
     for start in tl.range(0, PART, WIDTH, num_stages=STAGES):
         column = tl.multiple_of((begin + start) // QUARTER * SPAN + (begin + start) % QUARTER, WIDTH)
         # these come first, so that they are under way while what was asked for long ago is waited for
-        its_zeros = of_groups(zeros, safe, column, K, GROUP, QUARTER)
-        its_scales = of_groups(scales, safe, column, K, GROUP, QUARTER)
+        its_zeros = of_zeros(zeros, safe, column, K, GROUP, QUARTER, FOURS)
+        its_scales = of_scales(scales, safe, column, K, GROUP, QUARTER, FOURS)
         if GATED:
-            other_zeros = of_groups(zeros, N + safe, column, K, GROUP, QUARTER)
-            other_scales = of_groups(scales, N + safe, column, K, GROUP, QUARTER)
+            other_zeros = of_zeros(zeros, N + safe, column, K, GROUP, QUARTER, FOURS)
+            other_scales = of_scales(scales, N + safe, column, K, GROUP, QUARTER, FOURS)
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
         if GATED:
             other = tl.load(half + start + w_at, eviction_policy="evict_first")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.products.fewer import fewer_bits
-from workers.kernels.products.four_bits import four_bit_tiles
+from workers.kernels.products.four_bits import four_bit_tiles, in_fours
 from workers.kernels.products.fp8_tiles import fp8_tiles
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
@@ -144,9 +144,11 @@ class _Product:
         )  # fmt: skip
 
     def four_bits(self, weight: Reduced) -> None:
-        cut = self._cut | {"COLUMNS": min(self.config.columns, weight.span)}
+        assert weight.zeros is not None, "four bits have zero points"
+        scales, zeros, fours = in_fours(weight.scales, weight.zeros, weight.group, weight.span)
+        cut = self._cut | {"COLUMNS": min(self.config.columns, weight.span), "FOURS": fours}
         four_bit_tiles[(self._blocks * self.config.parts,)](
-            self.x, weight.values, self._or_any(self.bias), self.out, weight.scales, weight.zeros, *self._sums(), len(self.x),
+            self.x, weight.values, self._or_any(self.bias), self.out, scales, zeros, *self._sums(), len(self.x),
             self.x.stride(0), self.out.stride(0), SPAN=weight.span, GROUP=weight.group, **cut, **self._split, **self._early,
         )  # fmt: skip
 
