@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import DEVICE, EPS, OURS, OURS_PDL, Case, Problem, Runs, frobenius, normal
 from benchmarks.kernels.reduced import random_weight
-from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
+from workers.kernels.experts.grouped import add_up, choose_tiling, down, gate_up, tile_size
 from workers.kernels.experts.route import Rule, route
-from workers.kernels.experts.stacked import Stacked, Weight
+from workers.kernels.experts.stacked import Stacked, Weight, operand
 from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up, most_tokens
 from workers.kernels.reduced import E8M0_BIAS, FP4_BLOCK, Microscaled
 
@@ -44,6 +44,8 @@ SHAPES = (
 FEWER = (("30B-A3B", "FP8-blocks"), ("30B-A3B", "int4"), ("20B-A4B", "MXFP4"))
 """Of `reduced.FORMS`, and that of gpt-oss."""
 
+LEAST_OF_MANY = 256  # tokens
+
 BITS = {"FP8-blocks": 8 + 32 / 128, "int4": 4 + 24 / 128, "MXFP4": 4 + 8 / 32}
 """A number, scales and zero points included."""
 
@@ -63,10 +65,16 @@ class MixtureProblem:
     def ours(self, pdl: bool = False) -> Tensor:
         return self.streamed(pdl) if self.few else self.grouped(pdl)
 
-    def grouped(self, pdl: bool = False) -> Tensor:
+    def grouped(self, pdl: bool = False, widened: bool = True) -> Tensor:
+        """widened: matrices in fewer bits may be, before their products."""
         shape = self.shape
+        tilings = [
+            None if widened else choose_tiling(self.size, self.x.dtype, gated, operand(weight))
+            for weight, gated in ((self.gate_up, True), (self.down, False))
+        ]
         routing = route(self.scores, self.load, self.rule, held=shape.experts, size=self.size, pdl=pdl)
-        parts = down(gate_up(self.x, self.gate_up, routing, pdl=pdl), self.down, routing, pdl=pdl)
+        act = gate_up(self.x, self.gate_up, routing, pdl=pdl, tiling=tilings[0])
+        parts = down(act, self.down, routing, pdl=pdl, tiling=tilings[1])
         return add_up(parts, routing, held=shape.experts, pdl=pdl)
 
     def streamed(self, pdl: bool = False) -> Tensor:
@@ -138,6 +146,8 @@ def experts_case(shape: MixtureShape, tokens: int, form: str | None = None) -> C
         runs: Runs = {OURS: problem.ours, OURS_PDL: lambda: problem.ours(True)}
         if form is None:
             runs["torch._grouped_mm"] = problem.library
+        if form is not None and tokens > LEAST_OF_MANY:
+            runs["never widened"] = lambda: problem.grouped(widened=False)
         if tokens <= FEW_TOKENS:
             other = ("grouped pdl", problem.grouped) if problem.few else ("streamed pdl", problem.streamed)
             runs[other[0]] = lambda: other[1](True)

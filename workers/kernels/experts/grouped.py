@@ -92,11 +92,24 @@ def _of_few(size: int, gated: bool, kind: str, columns: int) -> GroupedTiling:
 @triton.jit
 def _weights(weight, scales, rows, start, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
              GROUP: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """COLUMNS of W's rows from `start` on, zero beyond K, as numbers of DTYPE."""
+    """COLUMNS of W's rows from `start` on, zero beyond K, as numbers of DTYPE, those of FP8 scaled unless they share a scale."""
     columns = start + tl.arange(0, COLUMNS)
     at = weight + rows[:, None] * K + columns[None, :]
     tile = tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=(columns < K)[None, :], other=0.0)
-    return of_fp8(tile, scales, rows, start, GROUP, K, ROWS, COLUMNS).to(DTYPE) if KIND == "fp8" else tile
+    ALONE: tl.constexpr = GROUP < COLUMNS
+    return of_fp8(tile, scales, rows, start, GROUP if ALONE else 0, K, ROWS, COLUMNS).to(DTYPE) if KIND == "fp8" else tile
+
+
+@triton.jit
+def _added(sums, numbers, a, scales, rows, start, K: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+           GROUP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """sums and the product of what `_weights` has given, times the scale that its columns share."""
+    if KIND == "fp8" and GROUP >= COLUMNS:
+        scale = tl.load(scales + rows * (K // GROUP) + start // GROUP).to(tl.float32)
+        sums += tl.dot(numbers, a, input_precision=PRECISION) * scale[:, None]
+    else:
+        sums = tl.dot(numbers, a, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -140,10 +153,10 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
             mask = there[None, :] if K % COLUMNS == 0 else there[None, :] & (now < K)[:, None]
             a = tl.load(x + source[None, :] * x_stride + now[:, None], mask=mask, other=0.0)
             mine = _weights(weight, scales, rows, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
-            sums = tl.dot(mine, a, sums, input_precision=PRECISION)
+            sums = _added(sums, mine, a, scales, rows, start, K, COLUMNS, KIND, GROUP, PRECISION)
             if GATED:
                 beside = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
-                ups = tl.dot(beside, a, ups, input_precision=PRECISION)
+                ups = _added(ups, beside, a, scales, others, start, K, COLUMNS, KIND, GROUP, PRECISION)
 
     total = sums
     if KIND == "fp8" and GROUP == 0:

@@ -32,6 +32,7 @@ class Tiling:
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
     rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
+    slices: int = 0  # `four_bit_few`: how many times as many columns the warps have at a time, each some
 
 
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
