@@ -87,20 +87,6 @@ def test_spans_of_four_groups(device: str, form: str, columns: int, parts: int, 
     close(result, exact(x, weight, None, None, swiglu), dtype)
 
 
-@pytest.mark.few
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["four bits", "four bits, large groups"])
-@pytest.mark.parametrize(("columns", "slices"), [(512, 2), (256, 4), (64, 2)])
-@pytest.mark.parametrize("swiglu", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_warps_that_share_columns(device: str, form: str, columns: int, slices: int, swiglu: bool, tokens: int) -> None:
-    dtype = torch.bfloat16 if CUDA else torch.float16
-    x, weight = apart(torch.randn(tokens, 2048, device=device).to(dtype)), made(form, 72 if swiglu else 36, 2048, device)
-    bias = torch.randn(len(weight.values), device=device).to(dtype)
-    result = matvec(x, weight, bias=bias, swiglu=swiglu, config=Tiling(16, columns, slices, 2, 1, slices=slices))
-    close(result, exact(x, weight, None, bias, swiglu), dtype)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [384, 1024, 1152])

@@ -23,9 +23,11 @@ from workers.kernels.products.four_bits import in_fours
 from workers.kernels.products.widen import of_fp8
 
 SUM_BLOCK = 1024
-LEAST_TO_EXPAND = {"fp8": 320, "int4": 96, "mxfp4": 96}
-"""Pairs of an expert, on average, from which on its matrix is widened before the product."""
+LEAST_TO_EXPAND = {"fp8": 200, "int4": 72, "mxfp4": 96}
+"""Pairs of an expert, on average, from which on its matrix is widened before the product: where the two took as long on an
+H200, of MXFP4 as is likely."""
 
+MOST_TO_SCALE_SUMS = tl.constexpr(32)  # pairs of a tile, up to which they have fewer sums than W has numbers by far
 NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run together: W is in the L2 cache for an expert's others
 
 
@@ -92,19 +94,18 @@ def _of_few(size: int, gated: bool, kind: str, columns: int) -> GroupedTiling:
 @triton.jit
 def _weights(weight, scales, rows, start, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
              GROUP: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """COLUMNS of W's rows from `start` on, zero beyond K, as numbers of DTYPE, those of FP8 scaled unless they share a scale."""
+    """COLUMNS of W's rows from `start` on, zero beyond K, as numbers of DTYPE; FP8 is scaled by GROUP, if that is not 0."""
     columns = start + tl.arange(0, COLUMNS)
     at = weight + rows[:, None] * K + columns[None, :]
     tile = tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=(columns < K)[None, :], other=0.0)
-    ALONE: tl.constexpr = GROUP < COLUMNS
-    return of_fp8(tile, scales, rows, start, GROUP if ALONE else 0, K, ROWS, COLUMNS).to(DTYPE) if KIND == "fp8" else tile
+    return of_fp8(tile, scales, rows, start, GROUP, K, ROWS, COLUMNS).to(DTYPE) if KIND == "fp8" else tile
 
 
 @triton.jit
-def _added(sums, numbers, a, scales, rows, start, K: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
-           GROUP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """sums and the product of what `_weights` has given, times the scale that its columns share."""
-    if KIND == "fp8" and GROUP >= COLUMNS:
+def _added(sums, numbers, a, scales, rows, start, K: tl.constexpr, GROUP: tl.constexpr, LATER: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """sums and the product of what `_weights` has given; LATER: times the scale that its columns share."""
+    if LATER:
         scale = tl.load(scales + rows * (K // GROUP) + start // GROUP).to(tl.float32)
         sums += tl.dot(numbers, a, input_precision=PRECISION) * scale[:, None]
     else:
@@ -145,6 +146,8 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
                                   STAGES, GATED, KIND, GROUP, SPAN, FOURS, PRECISION)  # fmt: skip
     else:
         DTYPE: tl.constexpr = x.dtype.element_ty
+        LATER: tl.constexpr = KIND == "fp8" and GROUP >= COLUMNS and SIZE <= MOST_TO_SCALE_SUMS
+        NOW: tl.constexpr = 0 if LATER else GROUP
         column = tl.arange(0, COLUMNS)
         sums = tl.zeros([ROWS, SIZE], tl.float32)
         ups = sums
@@ -152,11 +155,11 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
             now = start + column
             mask = there[None, :] if K % COLUMNS == 0 else there[None, :] & (now < K)[:, None]
             a = tl.load(x + source[None, :] * x_stride + now[:, None], mask=mask, other=0.0)
-            mine = _weights(weight, scales, rows, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
-            sums = _added(sums, mine, a, scales, rows, start, K, COLUMNS, KIND, GROUP, PRECISION)
+            mine = _weights(weight, scales, rows, start, K, ROWS, COLUMNS, KIND, NOW, DTYPE)
+            sums = _added(sums, mine, a, scales, rows, start, K, GROUP, LATER, PRECISION)
             if GATED:
-                beside = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
-                ups = _added(ups, beside, a, scales, others, start, K, COLUMNS, KIND, GROUP, PRECISION)
+                beside = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, NOW, DTYPE)
+                ups = _added(ups, beside, a, scales, others, start, K, GROUP, LATER, PRECISION)
 
     total = sums
     if KIND == "fp8" and GROUP == 0:

@@ -1,4 +1,4 @@
-"""The experts of up to 4 tokens, in fewer bits 2: multiplies and adds in float32 while each pair's matrices stream through
+"""The experts of up to 4 tokens, in four bits 2: multiplies and adds in float32 while each pair's matrices stream through
 registers.
 
 Two launches, from the router's scores to the sum: gate and up of each pair, of the norm of x, with SwiGLU; then down of a
@@ -24,11 +24,11 @@ from torch import Tensor
 from workers.kernels.experts.fewer import streamed
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
-from workers.kernels.experts.stacked import Operand, Weight, operand
+from workers.kernels.experts.stacked import FOUR_BITS, Operand, Weight, operand
 from workers.kernels.launch import enter_last, fetch_rows, interpreted
 from workers.kernels.products.widen import ONE
 
-FEW_TOKENS, FEW_OF_FEWER_BITS = 4, 2
+FEW_TOKENS, FEW_OF_FOUR_BITS = 4, 2
 MOST_COLUMNS = 2048  # that `_up` takes at a time of plain numbers
 MOST_HELD = 3  # turns of `_down` whose W is in registers before it waits
 MOST_UNROLLED = 8  # turns of `_down`
@@ -36,8 +36,8 @@ MOST_BEYOND = 8  # one part in so many of what is read at a time may lie beyond 
 
 
 def most_tokens(*weights: Weight) -> int:
-    """Up to which experts stream. In fewer bits their instructions take longer than memory does, for each token anew."""
-    return FEW_TOKENS if all(operand(weight).kind == "plain" for weight in weights) else FEW_OF_FEWER_BITS
+    """Up to which experts stream. In four bits their instructions take longer than memory does, for each token anew."""
+    return FEW_OF_FOUR_BITS if any(operand(weight).kind in FOUR_BITS for weight in weights) else FEW_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

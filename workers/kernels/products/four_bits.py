@@ -53,19 +53,19 @@ _FLOAT16 = tl.constexpr("""{
 @triton.jit
 def _plain(elements, zero, PLACE: tl.constexpr, DTYPE: tl.constexpr):
     codes = (elements.to(tl.int32) >> 4 * PLACE) & 15
-    return (codes - tl.expand_dims(zero.to(tl.int32), -1)).to(tl.float32).to(DTYPE)
+    return (codes - zero.to(tl.int32)[:, None]).to(tl.float32).to(DTYPE)
 
 
 @triton.jit
 def _subtracted(zero, shape: tl.constexpr, BRAIN: tl.constexpr):
-    """zero [..., ROWS] -> the bits of -(128 + zero), or of -(1024 + zero), int16 of that shape."""
+    """zero [ROWS] -> the bits of -(128 + zero), or of -(1024 + zero), int16 of that shape."""
     bits = zero.to(tl.int16) | (0xC300 - 0x10000 if BRAIN else 0xE400 - 0x10000)
-    return tl.broadcast_to(tl.expand_dims(bits.to(tl.int16), -1), shape)
+    return tl.broadcast_to(bits.to(tl.int16)[:, None], shape)
 
 
 @triton.jit
 def _numbers(elements, z0, z1, z2, z3, DTYPE: tl.constexpr):
-    """Elements [..., ROWS, SPAN / 4], the zero points [..., ROWS] of their quarters -> the quarters, code minus zero point."""
+    """Elements [ROWS, SPAN / 4], the zero points [ROWS] of their quarters -> the quarters, code minus zero point."""
     if INTERPRETED:
         n0, n1 = _plain(elements, z0, 0, DTYPE), _plain(elements, z1, 1, DTYPE)
         n2, n3 = _plain(elements, z2, 2, DTYPE), _plain(elements, z3, 3, DTYPE)
@@ -134,12 +134,12 @@ def of_scales(base, rows, column, K: tl.constexpr, GROUP: tl.constexpr, QUARTER:
 
 @triton.jit
 def added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """sums [..., ROWS, TOKENS] and the products of what is in elements with x, each times its scale."""
+    """sums [ROWS, TOKENS] and the products of what is in elements with x, each times its scale."""
     n0, n1, n2, n3 = _numbers(elements, zeros[0], zeros[1], zeros[2], zeros[3], DTYPE)
-    sums += tl.dot(n0, a0, input_precision=PRECISION) * tl.expand_dims(scales[0].to(tl.float32), -1)
-    sums += tl.dot(n1, a1, input_precision=PRECISION) * tl.expand_dims(scales[1].to(tl.float32), -1)
-    sums += tl.dot(n2, a2, input_precision=PRECISION) * tl.expand_dims(scales[2].to(tl.float32), -1)
-    return sums + tl.dot(n3, a3, input_precision=PRECISION) * tl.expand_dims(scales[3].to(tl.float32), -1)
+    sums += tl.dot(n0, a0, input_precision=PRECISION) * scales[0].to(tl.float32)[:, None]
+    sums += tl.dot(n1, a1, input_precision=PRECISION) * scales[1].to(tl.float32)[:, None]
+    sums += tl.dot(n2, a2, input_precision=PRECISION) * scales[2].to(tl.float32)[:, None]
+    return sums + tl.dot(n3, a3, input_precision=PRECISION) * scales[3].to(tl.float32)[:, None]
 
 
 @triton.jit

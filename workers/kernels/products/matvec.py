@@ -21,7 +21,6 @@ from torch import Tensor
 from workers.kernels.launch import interpreted
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles, in_fours
-from workers.kernels.products.four_bits_few import four_bit_few
 from workers.kernels.products.fp8_tiles import fp8_tiles
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
@@ -147,17 +146,10 @@ class _Product:
     def four_bits(self, weight: Reduced) -> None:
         assert weight.zeros is not None, "four bits have zero points"
         scales, zeros, fours = in_fours(weight.scales, weight.zeros, weight.group, weight.span)
-        cut = self._cut | {"COLUMNS": min(self.config.columns, weight.span), "SPAN": weight.span, "GROUP": weight.group}
-        cut |= {"FOURS": fours}
-        if self.config.slices:
-            four_bit_few[(self._blocks,)](
-                self.x, weight.values, self._or_any(self.bias), self.out, scales, zeros, len(self.x), self.x.stride(0),
-                self.out.stride(0), TOKENS=self._padded, SLICES=self.config.slices, STAGES=self.config.stages, **cut, **self._early,
-            )  # fmt: skip
-            return
+        cut = self._cut | {"COLUMNS": min(self.config.columns, weight.span), "FOURS": fours}
         four_bit_tiles[(self._blocks * self.config.parts,)](
             self.x, weight.values, self._or_any(self.bias), self.out, scales, zeros, *self._sums(), len(self.x),
-            self.x.stride(0), self.out.stride(0), **cut, **self._split, **self._early,
+            self.x.stride(0), self.out.stride(0), SPAN=weight.span, GROUP=weight.group, **cut, **self._split, **self._early,
         )  # fmt: skip
 
     def fp8(self, weight: Reduced) -> None:

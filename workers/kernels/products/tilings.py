@@ -17,7 +17,6 @@ SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
 DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 256
 LEAST_OF_FP8 = 512  # columns of a program
-FOUR_BIT_WARPS = 1600  # of all programs of `four_bit_tiles`
 LEAST_OF_FOUR_BITS = 64  # columns that `four_bit_tiles` takes at a time
 MAX_TILES = 1024  # of rows, where K is split among programs
 
@@ -32,7 +31,6 @@ class Tiling:
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
     rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
-    slices: int = 0  # `four_bit_few`: how many times as many columns the warps have at a time, each some
 
 
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
@@ -72,15 +70,14 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool)
 
 
 def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
-    if swiglu:
-        tile = Tiling(64, 256, 4, 3)
-    elif n <= 2048:
-        tile = Tiling(32, 256, 2, 4)
-    elif tokens <= LEAST_TILE_TOKENS:
-        tile = Tiling(64, 512, 4, 3)
+    """Of a sweep of 1 and 32 tokens at 8B; of more what these make likely."""
+    if tokens <= LEAST_TILE_TOKENS:  # two warps to a program, of which there are many
+        tile, programs = (Tiling(32, 256, 2, 3), 800) if swiglu else (Tiling(32, 512, 2, 3), 640 if n <= k else 256)
+    elif tokens <= MAX_TOKENS_OF_WIDE or swiglu:
+        tile, programs = Tiling(64, 256, 4, 3), 256 if swiglu else 400
     else:
-        tile = Tiling(64, 256, 4, 4) if tokens <= 32 else Tiling(128, 256, 8, 3)
-    return _among(n, k, replace(tile, columns=min(tile.columns, k & -k)), FOUR_BIT_WARPS // tile.warps)
+        tile, programs = Tiling(128, 256, 8, 3), 200
+    return _among(n, k, replace(tile, columns=min(tile.columns, k & -k)), programs)
 
 
 def _streamed(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
