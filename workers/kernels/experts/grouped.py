@@ -28,6 +28,7 @@ LEAST_TO_EXPAND = {"fp8": 200, "int4": 72, "mxfp4": 96}
 H200, of MXFP4 as is likely."""
 
 MOST_TO_SCALE_SUMS = tl.constexpr(32)  # pairs of a tile, up to which they have fewer sums than W has numbers by far
+MOST_EXPANDED_BYTES = 5 << 28
 NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run together: W is in the L2 cache for an expert's others
 
 
@@ -206,9 +207,10 @@ def down(
 def _pays_to_expand(x: Tensor, weight: Stacked, routing: Routing) -> bool:
     """Whether the experts have so many pairs that it takes less to write their numbers into memory, where the copy engine finds
     them, than to widen them in each tile anew. The numbers are there for this product alone."""
-    if not takes(x, weight.shape[2], routing):
+    experts, rows, columns = weight.shape
+    if not takes(x, columns, routing) or experts * rows * columns * x.itemsize > MOST_EXPANDED_BYTES:
         return False
-    return len(routing.pairs) >= LEAST_TO_EXPAND[operand(weight).kind] * weight.experts
+    return len(routing.pairs) >= LEAST_TO_EXPAND[weight.matrix.kind] * experts
 
 
 def _launch(

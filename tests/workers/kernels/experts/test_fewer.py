@@ -1,6 +1,7 @@
 """Experts in fewer bits, streamed and grouped, against float64 of the numbers that they stand for."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -132,11 +133,15 @@ def test_so_many_tokens_that_numbers_are_widened_before(
     monkeypatch.setattr("workers.kernels.experts.grouped.LEAST_TO_EXPAND", {up.matrix.kind: 40 * TOP // EXPERTS})
     monkeypatch.setattr("workers.kernels.experts.dense.UP", DenseTiling(32, 32, 4, 3))
     monkeypatch.setattr("workers.kernels.experts.dense.DOWN", DenseTiling(32, 32, 4, 3))
-    monkeypatch.setattr("workers.kernels.experts.grouped.choose_tiling", None)  # whose kernel is not asked
-    act = gate_up(x, up, routing, bias=weights.gate_up_bias, in_turns=weights.in_turns, clamp=weights.clamp)
-    parts = down(act, narrow, routing, bias=weights.down_bias)
-    exact = weights.exact_mixture(x, chosen, shares, range(EXPERTS))
-    assert _off(add_up(parts, routing, held=EXPERTS), exact) < 2 * TOLERANCE[torch.float16]
+    widened = mock.Mock(wraps=Stacked.expanded)
+    monkeypatch.setattr(Stacked, "expanded", lambda self, dtype: widened(self, dtype))
+    for most in (EXPERTS * 2 * 64 * 64 * 2, EXPERTS * 64 * 64 * 2):  # as many bytes as `up` takes, and as down does
+        monkeypatch.setattr("workers.kernels.experts.grouped.MOST_EXPANDED_BYTES", most)
+        act = gate_up(x, up, routing, bias=weights.gate_up_bias, in_turns=weights.in_turns, clamp=weights.clamp)
+        parts = down(act, narrow, routing, bias=weights.down_bias)
+        exact = weights.exact_mixture(x, chosen, shares, range(EXPERTS))
+        assert _off(add_up(parts, routing, held=EXPERTS), exact) < 2 * TOLERANCE[torch.float16]
+    assert [call.args[0] for call in widened.mock_calls] == [up, narrow, narrow]
 
 
 @pytest.mark.parametrize(("kind", "group"), [("mxfp4", 32), ("fp8", 0), ("fp8", 64), ("fp8", 128), ("int4", 32), ("int4", 128)])
