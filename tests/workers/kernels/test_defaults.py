@@ -7,7 +7,7 @@ import workers
 
 
 def test_no_kernel_has_defaults() -> None:
-    """Triton 3.6, torch 2.11's, fails on the default of an inner function's `constexpr`: it comes as a plain string or number."""
+    """Triton 3.6, which is torch 2.11's, fails on the default of an inner function's `constexpr`."""
     found, kernels = [], 0
     for path in Path(workers.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
