@@ -71,8 +71,10 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool)
 
 def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
     """Of a sweep of 1 and 32 tokens at 8B; of more what these make likely."""
-    if tokens <= LEAST_TILE_TOKENS:  # two warps to a program, of which there are many
-        tile, programs = (Tiling(32, 256, 2, 3), 800) if swiglu else (Tiling(32, 512, 2, 3), 640 if n <= k else 256)
+    if tokens <= LEAST_TILE_TOKENS and swiglu:  # two warps to a program, of which there are many
+        tile, programs = Tiling(32, 256, 2, 3), 800
+    elif tokens <= LEAST_TILE_TOKENS:
+        tile, programs = (Tiling(32, 512, 2, 4), 256) if n > k else (Tiling(32, 512, 2, 3), 640)
     elif tokens <= MAX_TOKENS_OF_WIDE or swiglu:
         tile, programs = Tiling(64, 256, 4, 3), 256 if swiglu else 400
     else:
