@@ -1,4 +1,4 @@
-"""How products of few tokens are cut, by shape alone. What other cuts would give: `python -m benchmarks.kernels --sweep`.
+"""How products of few tokens are cut, by shape alone. What other cuts would give: `python -m benchmarks.kernels.sweep`.
 
 Imports torch, for dtypes, and triton, for its arithmetic.
 """
@@ -36,7 +36,7 @@ class Tiling:
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
     """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
 
-    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
+    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels.sweep`); with
     fewer bits, what these make likely.
     """
     if bits == 4 and dtype != torch.float32 and k % LEAST_OF_FOUR_BITS == 0:
