@@ -3,8 +3,8 @@
     python -m benchmarks.kernels.sweep [--only REGEX] [--tokens 1 32] [--json FILE]
 
 Each is compiled in a process of its own, checked against float64, and timed as a CUDA graph of many runs that go around among
-enough sets of inputs to exceed the L2 cache; the best are timed with programmatic dependent launch, too. What the code chooses is
-marked. Needs a CUDA device. May import `kvcache` and `workers`.
+enough sets of inputs to exceed the L2 cache; the best are timed with programmatic dependent launch, too. What the code chooses
+is marked. Needs a CUDA device. May import `kvcache` and `workers`.
 """
 
 import argparse
