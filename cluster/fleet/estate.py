@@ -25,7 +25,7 @@ import scheduler
 import workers
 from cluster.config import EngineConfig
 from cluster.fleet.claim import OwnerClaim
-from scheduler.config import CoreConfig, QueueBounds
+from scheduler.config.core import CoreConfig, QueueBounds
 from scheduler.protocol.orphans import Estate
 from scheduler.protocol.silence import Silence
 from workers.config import WorkerConfig

@@ -92,8 +92,8 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
 def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int:
     """Blocks that the longest sequence holds at once; less than all of its own where no layer sees all of it."""
     from cluster.resolve import DEPTH, prefill_ahead
-    from scheduler.config import Resolved
-    from scheduler.running.window import Window
+    from scheduler.config.core import Resolved
+    from scheduler.state.window import Window
 
     blocks = -(-longest // config.block_size)
     depth = max(DEPTH.values())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, RequestStream
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 from scheduler.server.stats import ClusterStatus
 
 if TYPE_CHECKING:

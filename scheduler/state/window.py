@@ -5,7 +5,7 @@ Imports `config`.
 
 from dataclasses import dataclass
 
-from scheduler.config import Resolved
+from scheduler.config.core import Resolved
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.config import CoreConfig, Counters, QueueBounds
+from scheduler.config.core import CoreConfig, QueueBounds
+from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.queue import fairness
-from scheduler.queue.fairness import FairQueue
-from scheduler.queue.limits import RequestRefused
-from scheduler.queue.waiting import WaitingRoom
-from scheduler.sequence import OUTPUT_WEIGHT, PRIORITY_SHIFT, Sequence, State
 from scheduler.server.stats import snapshot
+from scheduler.state import fairness
+from scheduler.state.counters import Counters
+from scheduler.state.fairness import FairQueue
+from scheduler.state.sequence import OUTPUT_WEIGHT, PRIORITY_SHIFT, Sequence, State
+from scheduler.state.waiting import WaitingRoom
 from tests.scheduler.cluster import Cluster, Stream, filled
 
 numbers = itertools.count()

@@ -3,9 +3,8 @@
 import msgspec
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.protocol.leaders import Adapts, Command, Drop, Refused, Start
 from scheduler.protocol.messages import Adapter, Failure, FinishReason, Request, Resumption, Started
 from scheduler.protocol.sampling import SamplingParams
@@ -40,7 +39,7 @@ def test_each_start_says_which_adapter_is_meant() -> None:
     core.group_down(GROUP, "its workers have gone", returning=True)
     core.group_up(GROUP, 2, 32, 4)
     assert [command.adapter for command in started(core) if isinstance(command, Start)] == [ADAPTER, None, ADAPTER]
-    check(core)
+    core.check()
 
 
 def test_who_cannot_be_served_ends_with_the_reason_and_nobody_else() -> None:
@@ -52,7 +51,7 @@ def test_who_cannot_be_served_ends_with_the_reason_and_nobody_else() -> None:
     core.refuse(GROUP, Refused(0, tuple(leases), "an epoch that is over"))
     assert len(core.sequences) == 3
     core.refuse(GROUP, Refused(1, (*leases, 99 << 16), "the adapter cannot be read"))
-    check(core)
+    core.check()
     assert [command.lease for command in started(core) if isinstance(command, Drop)] == leases
     [(_, deltas)] = core.outbox.drain()
     assert [(end.stream, end.reason, end.failure, end.message) for end in deltas.finished] == [

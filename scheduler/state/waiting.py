@@ -7,10 +7,11 @@ import heapq
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 
-from scheduler.config import CoreConfig, Counters
-from scheduler.queue.fairness import FairQueue
-from scheduler.queue.pace import QueuePace
-from scheduler.sequence import Sequence, State
+from scheduler.config.core import CoreConfig
+from scheduler.state.counters import Counters
+from scheduler.state.fairness import FairQueue
+from scheduler.state.pace import QueuePace
+from scheduler.state.sequence import Sequence, State
 
 ByAge = tuple[float, int, int, Sequence]
 """entered_s, place, ticket: two waits of one sequence differ in their tickets."""

@@ -1,9 +1,9 @@
 """What the scheduler knows: every group, every sequence, the global block table. Shared by those who decide.
 
-    queue.intake         a request becomes sequences, or is refused
+    placement.intake     a request becomes sequences, or is refused
     core                 the calls that come from outside: groups, front ends, reports
     placement.admission  a waiting one starts: match, wait for a prefix or not, route, reserve; one that runs is placed anew
-    running.leases       a running one fills blocks, publishes them, gets more, or gives them up
+    leases               a running one fills blocks, publishes them, gets more, or gives them up
 
 Imports the data that it holds; decides nothing.
 """
@@ -13,16 +13,17 @@ import random
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.config import CoreConfig, Counters, QueueBounds, Resolved
-from scheduler.queue.deadlines import Deadlines
-from scheduler.queue.pace import Pace
-from scheduler.queue.waiting import WaitingRoom
-from scheduler.running.prefixes import Prefixes
-from scheduler.running.resident import ResidentGroup, Watch
-from scheduler.running.transfers import Transfers
-from scheduler.running.window import Window
-from scheduler.sequence import Sequence
-from scheduler.server.outbox import Outbox
+from scheduler.config.core import CoreConfig, QueueBounds, Resolved
+from scheduler.state.counters import Counters
+from scheduler.state.deadlines import Deadlines
+from scheduler.state.outbox import Outbox
+from scheduler.state.pace import Pace
+from scheduler.state.prefixes import Prefixes
+from scheduler.state.resident import ResidentGroup, Watch
+from scheduler.state.sequence import Sequence
+from scheduler.state.transfers import Transfers
+from scheduler.state.waiting import WaitingRoom
+from scheduler.state.window import Window
 
 
 class ClusterState:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from msgspec import structs
 
 from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Started
-from scheduler.running.resident import Listener
-from scheduler.sequence import Sequence
+from scheduler.state.resident import Listener
+from scheduler.state.sequence import Sequence
 
 NO_TOKENS = Deltas(b"", b"")
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from kvcache.ids import BlockId, GroupId
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId, Report, Start
 from scheduler.protocol.messages import NO_TOKEN
-from scheduler.running.experts import ExpertBalance
-from scheduler.running.window import Window
-from scheduler.sequence import Sequence, State, Tokens
+from scheduler.state.experts import ExpertBalance
+from scheduler.state.sequence import Sequence, State, Tokens
+from scheduler.state.window import Window
 
 Ints = npt.NDArray[np.int64]
 

@@ -3,11 +3,11 @@
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config import Resolved
+from scheduler.config.core import Resolved
+from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.leaders import Receive
-from scheduler.queue.limits import RequestRefused
-from scheduler.running.window import Window
-from scheduler.sequence import State
+from scheduler.state.sequence import State
+from scheduler.state.window import Window
 from tests.scheduler.cluster import Cluster, Stream, filled
 
 PROMPT = filled(0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0)

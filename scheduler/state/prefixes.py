@@ -18,9 +18,9 @@ from kvcache.hashing import hash_run, salt_seed
 from kvcache.ids import GroupId
 from kvcache.match import common_prefix
 from kvcache.table import BlockTable
-from scheduler.config import CoreConfig
-from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence
+from scheduler.config.core import CoreConfig
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence
 
 WORTH_WAITING = 0.5
 """Of a block: so much of one must be in common, and not be computed yet, for a sequence to wait. Less is computed twice in

@@ -4,7 +4,7 @@ import heapq
 import math
 from collections.abc import Mapping
 
-from scheduler.sequence import Sequence
+from scheduler.state.sequence import Sequence
 
 FEWEST_KEPT = 256
 

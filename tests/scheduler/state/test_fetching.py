@@ -1,6 +1,6 @@
 """A group counts what it will have to compute of those whose prefix is still on its way there."""
 
-from scheduler.sequence import State
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import Cluster, filled
 
 

@@ -1,6 +1,6 @@
 """The rules that must hold between any two calls of the core, checked from scratch. Costs time linear in the whole state.
 
-Runs after every step in tests and on demand in production. Imports the core and the table's own audit.
+Runs after every step in tests and on demand in production. Imports the data that it checks and the table's own audit.
 """
 
 from collections import Counter
@@ -10,42 +10,31 @@ from msgspec.structs import astuple
 
 from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
-from scheduler.core import SchedulerCore
-from scheduler.queue.limits import blocks_for
-from scheduler.running.resident import ResidentGroup
-from scheduler.running.window import Window
-from scheduler.sequence import Sequence, State
+from scheduler.state.cluster import ClusterState
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, State
+from scheduler.state.window import Window
 
 
-def check(core: SchedulerCore) -> None:
+def check(state: ClusterState) -> None:
     """Errors: AssertionError that names the rule, the group and the sequence."""
     running: list[Sequence] = []
-    for group in core.groups.values():
-        _check_rows(core, group)
-        _check_transfers(core, group)
+    for group in state.groups.values():
+        _check_rows(state, group)
+        _check_transfers(state, group)
         running += [*group.running, *group.fetching]
     held = [sequence.blocks for sequence in running if sequence.blocks is not None]
-    audit(core.table, [*held, *core.transfers.holders()])
-    _check_membership(core, running)
-    for sequence in core.sequences.values():
-        _check_sequence(core, sequence)
-    _check_routing(core)
-    _check_prefixes(core)
+    audit(state.table, [*held, *state.transfers.holders()])
+    _check_membership(state, running)
+    for sequence in state.sequences.values():
+        _check_sequence(state, sequence)
+    _check_prefixes(state)
 
 
-def _check_routing(core: SchedulerCore) -> None:
-    """What routing sees of each group is what the group says itself."""
-    routing = core.routing
-    assert routing.groups == list(core.groups.values()), "routing sees other groups"
-    for at, group in enumerate(routing.groups):
-        seen, row = routing.seen(at), routing.row(group)
-        assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
-
-
-def _check_prefixes(core: SchedulerCore) -> None:
+def _check_prefixes(state: ClusterState) -> None:
     """Who runs, or will when its prefix has come, and nobody else, is found by the block that it fills."""
-    found, config = core.prefixes.everyone(), core.config
-    placed = {sequence for group in core.groups.values() for sequence in (*group.running, *group.fetching)}
+    found, config = state.prefixes.everyone(), state.config
+    placed = {sequence for group in state.groups.values() for sequence in (*group.running, *group.fetching)}
     assert found.keys() == placed, "who has blocks is found by one, nobody else is"
     for sequence, key in found.items():
         if sequence.state is State.FETCHING:
@@ -54,41 +43,41 @@ def _check_prefixes(core: SchedulerCore) -> None:
         block = len(sequence.blocks.nodes)
         before = sequence.hashes[block - 1] if block else salt_seed(sequence.salt)
         start = block * config.block_size
-        begins = hash_run(sequence.buffer[start : start + core.prefixes.stride].tobytes(), before)
+        begins = hash_run(sequence.buffer[start : start + state.prefixes.stride].tobytes(), before)
         assert sequence.open_key == key in (before, begins), f"sequence {sequence.number} is found elsewhere than it is"
 
 
-def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
+def _check_membership(state: ClusterState, running: list[Sequence]) -> None:
     """Each live sequence is in exactly one place; nothing ended is in any."""
-    in_line = core.waiting.queued()
+    in_line = state.waiting.queued()
     assert all(sequence.state is State.WAITING for sequence in in_line), "who is queued waits"
-    queued = [*in_line, *(sequence for sequence in core.waiting.parked if sequence.state is State.WAITING)]
-    queued += core.waiting.apart
-    assert all(sequence.suspect for sequence in core.waiting.apart), "only suspects wait apart"
-    waiters = [sequence for waiters in core.prefixes.waiters.values() for _, sequence in waiters]
+    queued = [*in_line, *(sequence for sequence in state.waiting.parked if sequence.state is State.WAITING)]
+    queued += state.waiting.apart
+    assert all(sequence.suspect for sequence in state.waiting.apart), "only suspects wait apart"
+    waiters = [sequence for waiters in state.prefixes.waiters.values() for _, sequence in waiters]
     deferred = [sequence for sequence in waiters if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
-    live = sorted(sequence.number for sequence in core.sequences.values())
+    live = sorted(sequence.number for sequence in state.sequences.values())
     assert places == live, f"each live sequence in exactly one of running, fetching, waiting, deferred: {places} against {live}"
-    assert core.waiting.count == len(queued) + len(deferred), f"{core.waiting.count} are counted as waiting"
+    assert state.waiting.count == len(queued) + len(deferred), f"{state.waiting.count} are counted as waiting"
     tokens = sum(sequence.committed for sequence in [*queued, *deferred])
-    assert core.waiting.tokens == tokens, f"{core.waiting.tokens} tokens are counted as waiting, not {tokens}"
-    fair = core.waiting.fair
-    tenants = {sequence.tenant.name for sequence in core.sequences.values() if sequence.blocks is None}
+    assert state.waiting.tokens == tokens, f"{state.waiting.tokens} tokens are counted as waiting, not {tokens}"
+    fair = state.waiting.fair
+    tenants = {sequence.tenant.name for sequence in state.sequences.values() if sequence.blocks is None}
     assert fair.tenants == len(tenants), f"{fair.tenants} tenants are counted as waiting, not {sorted(tenants)}"
-    accounts = Counter(sequence.tenant for sequence in core.sequences.values())
+    accounts = Counter(sequence.tenant for sequence in state.sequences.values())
     assert all(tenant.live == number for tenant, number in accounts.items()), "each lives on one tenant's account"
-    assert sum(fair.waiting(tenant)[0] for tenant in tenants) == core.waiting.count, "each waits on one tenant's account"
+    assert sum(fair.waiting(tenant)[0] for tenant in tenants) == state.waiting.count, "each waits on one tenant's account"
     assert sum(fair.waiting(tenant)[1] for tenant in tenants) == tokens, "with its tokens"
     assert all(fair.served(tenant) >= fair.floor() for tenant in tenants), "nobody who waits is below the smallest counter"
-    parts = core.counters
+    parts = state.counters
     misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_block
     assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"
-    authors = core.prefixes.waiters.keys()
+    authors = state.prefixes.waiters.keys()
     assert authors <= set(running), "a sequence waits for a prefix that nobody computes"
 
 
-def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
+def _check_sequence(state: ClusterState, sequence: Sequence) -> None:
     name = f"sequence {sequence.number}"
     assert sequence.state is not State.ENDED, f"{name} has ended but is still listed"
     assert (sequence.state is State.RUNNING) == (sequence.lease is not None), f"{name}: {sequence.state}, {sequence.lease}"
@@ -99,10 +88,10 @@ def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
     if sequence.cached_tokens is not None:
         found = sequence.cached_tokens + sum(astuple(sequence.misses))
         assert found == sequence.prompt_tokens, f"{name} found {sequence.cached_tokens} tokens, and missed {sequence.misses}"
-    assert len(sequence.hashes) <= sequence.committed // core.config.block_size, f"{name} hashed tokens that it has not"
+    assert len(sequence.hashes) <= sequence.committed // state.config.block_size, f"{name} hashed tokens that it has not"
 
 
-def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
+def _check_rows(state: ClusterState, group: ResidentGroup) -> None:
     seated = {row for row, sequence in enumerate(group.sequences) if sequence is not None}
     assert seated.isdisjoint(group.free_rows), f"group {group.group}: a taken row is listed as free"
     assert len(seated) + len(group.free_rows) == len(group.sequences), f"group {group.group}: a row is lost"
@@ -114,15 +103,15 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
     assert group.backlog == backlog, f"group {group.group}: backlog {group.backlog}, rows say {backlog}"
     assert not np.any(group.lease[group.free_rows] != -1), f"group {group.group}: a free row has a lease"
     for sequence in group.running:
-        _check_running(core, group, sequence)
+        _check_running(state, group, sequence)
     if group.running and group.starved and not (group.sending or group.receiving):  # a transfer ends, and its pins with it
         assert min(group.running) not in group.starved, f"group {group.group}: its oldest sequence starves"
 
 
-def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
+def _check_transfers(state: ClusterState, group: ResidentGroup) -> None:
     """Who waits for blocks has them reserved and is waited for; nothing on its way is published where it goes."""
-    name, block_size = f"group {group.group}", core.config.block_size
-    under_way = core.transfers.under_way()
+    name, block_size = f"group {group.group}", state.config.block_size
+    under_way = state.transfers.under_way()
     awaited = [transfer.author for transfer in under_way if transfer.target == group.group and transfer.awaited]
     assert len(awaited) == len(set(awaited)), f"{name}: a sequence waits for two transfers"
     assert set(awaited) == group.fetching.keys(), f"{name}: its transfers and those who wait for one are not the same"
@@ -139,17 +128,17 @@ def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
             assert len(transfer.held.blocks) == transfer.end, f"{name}: transfer {transfer.number} sends what is not held"
         if transfer.target == group.group and transfer.blocks is not None:
             receiving += blocks
-            above = transfer.first if core.table.window_blocks is None else 0
+            above = transfer.first if state.table.window_blocks is None else 0
             assert len(transfer.blocks.nodes) == above, f"{name}: transfer {transfer.number} is half published"
             assert transfer.end <= len(transfer.blocks.blocks), f"{name}: transfer {transfer.number} brings more than it may"
             assert transfer.part < block_size, f"{name}: transfer {transfer.number} has a full block as its part"
     assert (group.sending, group.receiving) == (sending, receiving), f"{name}: counts {group.sending}, {group.receiving}"
 
 
-def _check_running(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
+def _check_running(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> None:
     """Its row and its blocks are its own, what it has published of them is true, and it will be looked after in time."""
     name = f"group {group.group}, sequence {sequence.number}"
-    block_size, row, blocks = core.config.block_size, sequence.row, sequence.blocks
+    block_size, row, blocks = state.config.block_size, sequence.row, sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
     assert blocks.group == group.group, f"{name}: holds blocks of another group"
     assert group.lease[row] == sequence.lease, f"{name}: its row has another lease"
@@ -159,9 +148,9 @@ def _check_running(core: SchedulerCore, group: ResidentGroup, sequence: Sequence
     assert length - sequence.committed < group.ring_size, f"{name}: the ring has overrun tokens not written back"
     assert computed <= held * block_size, f"{name}: computed {computed} tokens in {held} blocks"
     assert held <= sequence.blocks_at_most, f"{name}: holds more blocks than it can ever need"
-    low = held < sequence.blocks_at_most and held * block_size - length < core.resolved.grant_ahead
-    if (window := Window.of(core.resolved, block_size)) is None:
-        assert blocks_for(sequence.committed, block_size) <= held + 1, f"{name}: tokens without blocks"
+    low = held < sequence.blocks_at_most and held * block_size - length < state.resolved.grant_ahead
+    if (window := Window.of(state.resolved, block_size)) is None:
+        assert sequence.committed <= (held + 1) * block_size, f"{name}: tokens without blocks"
         assert blocks.first == 0, f"{name}: has given back what it sees"
     else:
         assert blocks.first == window.first(full), f"{name}: holds blocks from {blocks.first} on, with {full} full ones"
@@ -170,10 +159,10 @@ def _check_running(core: SchedulerCore, group: ResidentGroup, sequence: Sequence
     assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {held} blocks"
     assert low or group.due[row] > computed, f"{name}: due at {group.due[row]} already, with {length} tokens"
     assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"
-    published = full if core.config.enable_prefix_caching else 0
+    published = full if state.config.enable_prefix_caching else 0
     assert len(blocks.nodes) == published, f"{name}: {full} blocks are full, {len(blocks.nodes)} are published"
     if blocks.tail:
-        shown = np.frombuffer(core.table.index.contents[blocks.tail], np.int32)
+        shown = np.frombuffer(state.table.index.contents[blocks.tail], np.int32)
         start = len(blocks.nodes) * block_size
         end = start + len(shown)
         assert end <= min(computed, sequence.committed), f"{name}: its tail shows what is not computed"

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.protocol.leaders import Drop, ExpertLoad, Grant, Report, Start
 from scheduler.protocol.messages import NO_TOKEN, FinishReason, Request, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.running.resident import ProtocolError
+from scheduler.state.resident import ProtocolError
 from tests.scheduler.cluster import Cluster, filled
 
 HERE = GroupId(0)
@@ -63,7 +62,7 @@ def test_a_gap_in_the_reports_is_an_error_that_names_both_numbers() -> None:
     cluster.groups[HERE].up.popleft()
     with pytest.raises(ProtocolError, match="sent report 1, expected 0"):
         cluster.arrive()
-    check(cluster.core)
+    cluster.core.check()
 
 
 @pytest.mark.parametrize("steps", [0, 5])
@@ -75,7 +74,7 @@ def test_a_report_of_too_many_steps_is_an_error(steps: int) -> None:
     leases, tokens = np.array([lease], np.int64).tobytes(), np.zeros(steps, np.int32).tobytes()
     with pytest.raises(ProtocolError, match=f"{steps} steps"):
         cluster.core.report(HERE, Report(0, 0, 1, steps, leases, b"", tokens))
-    check(cluster.core)
+    cluster.core.check()
 
 
 def test_a_report_that_tells_of_experts_what_cannot_be_is_an_error() -> None:
@@ -84,7 +83,7 @@ def test_a_report_that_tells_of_experts_what_cannot_be_is_an_error() -> None:
     leases, tokens = np.array([lease], np.int64).tobytes(), np.zeros(1, np.int32).tobytes()
     with pytest.raises(ProtocolError, match="tells of its experts what cannot be"):
         cluster.core.report(HERE, Report(0, 0, 1, 1, leases, b"", tokens, expert_load=ExpertLoad((0, 1), bytes(24))))
-    check(cluster.core)
+    cluster.core.check()
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5])
@@ -201,7 +200,7 @@ def test_log_probabilities_go_to_the_stream_of_their_lease_and_no_further_than_t
             logprobs=((leases[0], b"first"), (leases[2], b"third")),
         ),
     )
-    check(core)
+    core.check()
     told = dict(core.outbox.drain())
     assert told.keys() == {0, 1}
     assert told[0].logprobs == ((7, b"first"),)
@@ -222,7 +221,7 @@ def test_log_probabilities_of_a_prompt_come_with_the_chunk_that_sampled_nothing(
         payloads = ((int(np.frombuffer(lease, np.int64)[0]), b"part %d" % number),)
         counts, tokens = np.array([computed], np.int32).tobytes(), np.array([token], np.int32).tobytes()
         core.report(HERE, Report(0, number, 1, 1, lease, counts, tokens, logprobs=payloads))
-        check(core)
+        core.check()
         ((front_end, told),) = core.outbox.drain()
         assert (front_end, told.logprobs, told.tokens) == (0, ((7, b"part %d" % number),), tokens)
 
@@ -247,7 +246,7 @@ def test_a_sequence_whose_worker_gave_up_on_it_ends_as_failed_and_leaves_its_blo
     counts, tokens = np.array([16], np.int32).tobytes(), np.array([NO_TOKEN], np.int32).tobytes()
     finished = ((int(lease[0]), int(FinishReason.FAILED)),)
     core.report(HERE, Report(0, 0, 1, 1, lease.tobytes(), counts, tokens, finished=finished))
-    check(core)
+    core.check()
     ((_, told),) = core.outbox.drain()
     assert [(end.stream, end.reason, end.tokens) for end in told.finished] == [(7, FinishReason.FAILED, 0)]
     assert "grammar" in told.finished[0].message

@@ -8,13 +8,13 @@ import pytest
 from msgspec import structs
 
 from kvcache.ids import GroupId
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
+from scheduler.placement.limits import RequestRefused, blocks_for, output_limit
 from scheduler.protocol.messages import Failure, FinishReason, Request, Resumption
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.queue.limits import RequestRefused, blocks_for, output_limit
-from scheduler.running.resident import ProtocolError
-from scheduler.sequence import State
 from scheduler.server.stats import snapshot
+from scheduler.state.resident import ProtocolError
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, filled
 
 

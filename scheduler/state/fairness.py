@@ -6,7 +6,7 @@ The virtual token counter of Sheng et al., "Fairness in Serving Large Language M
 import heapq
 import itertools
 
-from scheduler.sequence import PRIORITY_SHIFT, Head, Sequence, Tenant
+from scheduler.state.sequence import PRIORITY_SHIFT, Head, Sequence, Tenant
 
 FEWEST_REMEMBERED = 1 << 10
 MOST_REMEMBERED = 1 << 16

@@ -5,9 +5,9 @@ Imports `config`, `messages` and `waiting`.
 
 import math
 
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 from scheduler.protocol.messages import Failure, Request, context_length
-from scheduler.queue.waiting import WaitingRoom
+from scheduler.state.waiting import WaitingRoom
 
 LONGEST_RETRY_S = 60.0
 

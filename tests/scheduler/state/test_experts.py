@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scheduler.protocol.leaders import ExpertLoad
-from scheduler.running.experts import ExpertBalance
+from scheduler.state.experts import ExpertBalance
 
 
 def load(*tokens: list[int]) -> ExpertLoad:

@@ -20,10 +20,10 @@ import numpy as np
 
 from kvcache.ids import BlockId, GroupId, host_of, is_host
 from kvcache.table import BlockTable, SequenceBlocks
-from scheduler.config import Counters
 from scheduler.protocol.leaders import Cut, LeaseId, Load, Moved, Offload, Receive, Send
-from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence
+from scheduler.state.counters import Counters
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence
 
 OFFLOADING_SHARE = 4
 """Of a pool, one part in so many may be on its way to host memory: what is pinned for that is no room for others."""

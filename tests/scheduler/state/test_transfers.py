@@ -7,7 +7,7 @@ import numpy as np
 
 from kvcache.ids import GroupId, host_of
 from scheduler.protocol.leaders import Cut, Load, Moved, Offload, Receive, Send, Start
-from scheduler.sequence import State
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import Cluster, Stream, filled
 
 PREFIX = filled(0, 1, 0, 1, 1)

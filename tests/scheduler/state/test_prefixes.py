@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config.core import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.protocol.leaders import Remap, Report
 from scheduler.protocol.messages import Request
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.sequence import State
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import Cluster, filled
 
 
@@ -238,4 +237,4 @@ def test_a_wrong_number_of_hashes_is_not_trusted() -> None:
     core.group_up(GroupId(0), 0, 8, 4)
     core.submit(0, Request(0, np.array(filled(0, 1), np.int32).tobytes(), b"\0" * 8, SamplingParams()))
     assert len(core.sequences[0, 0].hashes) == 2
-    check(core)
+    core.check()

@@ -17,10 +17,10 @@ from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.policy import VictimCost, choose_victim
 from scheduler.protocol.leaders import Drop, Grant, Remap, Trim
 from scheduler.protocol.messages import Failure, FinishReason
-from scheduler.running.prefixes import WHOLE_PROMPT
-from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence, State
-from scheduler.state import ClusterState
+from scheduler.state.cluster import ClusterState
+from scheduler.state.prefixes import WHOLE_PROMPT
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, State
 
 BY_PLACE = attrgetter("place")
 """The order of service, for sorting: quicker than to ask sequences which goes first."""

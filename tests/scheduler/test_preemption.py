@@ -4,11 +4,11 @@ import pytest
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
+from scheduler import leases
+from scheduler.leases import find_victim
 from scheduler.protocol.leaders import Start
-from scheduler.running import leases
-from scheduler.running.leases import find_victim
-from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence, State
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, State
 from tests.scheduler.cluster import Cluster, filled
 
 HERE = GroupId(0)

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_blocks
+from scheduler.placement.limits import RequestRefused, blocks_for, output_limit, queue_room, slots_for
 from scheduler.protocol.messages import FinishReason, Request, Resumption
-from scheduler.queue.limits import RequestRefused, blocks_for, output_limit, queue_room, slots_for
-from scheduler.running.resident import ProtocolError
-from scheduler.sequence import PRIORITY_SHIFT, Sequence, Tokens
-from scheduler.state import ClusterState
+from scheduler.state.cluster import ClusterState
+from scheduler.state.resident import ProtocolError
+from scheduler.state.sequence import PRIORITY_SHIFT, Sequence, Tokens
 
 
 def take_in(state: ClusterState, front_end: int, request: Request) -> list[Sequence]:
