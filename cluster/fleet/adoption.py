@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import ray
 
-from cluster.fleet.estate import Found, Owner, Remains, actor_of, end, end_group, find
 from cluster.fleet.group import GroupHandle
+from cluster.fleet.ownership.owner import Owner
+from cluster.fleet.ownership.remains import Found, Remains, actor_of, end, end_group, find
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats

@@ -12,8 +12,8 @@ import time
 import ray
 
 from cluster.engine import EngineError
-from cluster.fleet.estate import actor_of, end, find
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.ownership.remains import actor_of, end, find
 from scheduler.protocol.orphans import Estate
 
 logger = logging.getLogger(__name__)

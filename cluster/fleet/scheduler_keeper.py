@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
-from cluster.fleet.estate import Owner
+from cluster.fleet.ownership.owner import Owner
 from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.protocol.silence import Silence
 from scheduler.server.actor import Handover, SchedulerActor

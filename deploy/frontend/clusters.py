@@ -158,7 +158,8 @@ class ServeCluster:
 
     def _scheduler(self) -> Any | None:
         """Its actor, if there is one. Errors: those of Serve, if it has to ask the engine which one is meant."""
-        from cluster.fleet.estate import latest_scheduler, namespace_of
+        from cluster.fleet.estate import namespace_of
+        from cluster.fleet.ownership.remains import latest_scheduler
 
         version = self._version or self._engine.version.remote().result(timeout_s=ADDRESS_TIMEOUT_S)
         return latest_scheduler(namespace_of(self._application), version)

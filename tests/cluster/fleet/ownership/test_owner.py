@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from cluster.fleet import estate
-from cluster.fleet.estate import Owner
+from cluster.fleet.ownership.owner import Owner
 from scheduler.protocol.orphans import Estate
 
 PATIENCE_S = 60.0
