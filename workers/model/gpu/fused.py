@@ -30,7 +30,7 @@ from workers.kernels.rows.embed import embed_norm
 from workers.kernels.rows.norm import add_rms_norm, rms_norm, rounded_norm
 from workers.kernels.rows.reduce import sum_add_rms_norm, takes
 from workers.kernels.rows.rounding import silu_mul_rounded
-from workers.model.decoder import Decoder, Layer
+from workers.model.decoders.native import Decoder, Layer
 from workers.model.gpu.fused_experts import FusedMixture
 from workers.model.layers.experts import Mixture
 from workers.model.layers.linear import Linear

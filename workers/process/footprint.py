@@ -7,7 +7,7 @@ import torch
 from kvcache.layout import BlockLayout
 from workers.model.checkpoint.dtype import kv_dtype_name
 from workers.model.config.architectures import ModelConfig
-from workers.model.decoder import EMBEDDING, HEAD, Decoder
+from workers.model.decoders.native import EMBEDDING, HEAD, Decoder
 from workers.model.lora.slots import AdapterSlots
 from workers.model.quantization.forms import Forms
 from workers.model.reading import DecoderConfig
@@ -39,7 +39,7 @@ def footprint(
         decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables, forms=forms)
         weights = sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces())
         return Footprint(weights, layout, AdapterSlots(decoder, *adapters).nbytes if adapters[0] else 0, forms.says())
+    from workers.model.decoders.transformers.loading import held_bytes
     from workers.model.transformers.classes import build  # with its class, which takes a second
-    from workers.model.transformers.loading import held_bytes
 
     return Footprint(held_bytes(build(config.text), size, dtype), layout)

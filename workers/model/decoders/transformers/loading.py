@@ -18,9 +18,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from workers.model.checkpoint.kv_scales import scale_names
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.config.fields import CheckpointError
+from workers.model.decoders.transformers.pieces import ParameterSource, ShardTarget, parts_of
 from workers.model.sources.progress import Progress
 from workers.model.transformers.classes import BUILDING
-from workers.model.transformers.pieces import ParameterSource, ShardTarget, parts_of
 from workers.model.transformers.sharding import ParameterShare, shares
 from workers.parallel.communicator import Communicator
 

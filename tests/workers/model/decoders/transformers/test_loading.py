@@ -18,9 +18,9 @@ from tests.workers.decoding import Ranks as NativeRanks
 from tests.workers.decoding import make_step
 from tests.workers.model.transformers.ranks import Ranks
 from workers.model.config.fields import CheckpointError
-from workers.model.transformers import loading
+from workers.model.decoders.transformers import loading
+from workers.model.decoders.transformers.decoder import load_transformers
 from workers.model.transformers.config import read_transformers
-from workers.model.transformers.decoder import load_transformers
 from workers.parallel.in_process import Solo
 
 PROMPT = [(7 * n + 3) % 199 for n in range(40)]

@@ -17,13 +17,13 @@ from workers.attention.cpu.varied import VariedAttention, VariedPlan
 from workers.attention.forms import Form, HeadShape
 from workers.attention.select import select_backend
 from workers.model.checkpoint.weights import Checkpoint
+from workers.model.decoders.transformers.loading import load
 from workers.model.layers.linear import can_pack
 from workers.model.layers.padding import padded, padded_rows
 from workers.model.sources.progress import Progress
 from workers.model.transformers.attention import Attends, AttentionSlot
 from workers.model.transformers.classes import build
 from workers.model.transformers.config import TransformersConfig
-from workers.model.transformers.loading import load
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.running import hidden_of, logits_of
 from workers.model.transformers.sharding import share_out, shares
