@@ -156,6 +156,17 @@ def busy_source(host_blocks: int = 0) -> tuple[Cluster, Stream]:
     return cluster, talk
 
 
+def window_under_way() -> tuple[Cluster, Stream, int]:
+    """The next turn of the conversation goes to the second group, and what it needs of the first is being sent: by this transfer."""
+    cluster, talk = busy_source()
+    second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 3)
+    for group in (0, 1):
+        cluster.deliver(group)
+        cluster.turn(group)
+    (transfer,) = cluster.moves()
+    return cluster, second, transfer
+
+
 def test_a_window_is_fetched_and_nothing_before_it() -> None:
     cluster, talk = busy_source()
     second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 9)
@@ -170,12 +181,7 @@ def test_a_window_is_fetched_and_nothing_before_it() -> None:
 
 def test_a_window_that_does_not_arrive_is_computed() -> None:
     """It is not fetched a second time, and what had been reserved for it is free."""
-    cluster, talk = busy_source()
-    second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 3)
-    for group in (0, 1):
-        cluster.deliver(group)
-        cluster.turn(group)
-    (transfer,) = cluster.moves()
+    cluster, second, transfer = window_under_way()
     cluster.move(transfer, ok=False)
     cluster.arrive(0)
     cluster.arrive(1)
@@ -187,12 +193,7 @@ def test_a_window_that_does_not_arrive_is_computed() -> None:
 
 def test_the_source_of_a_window_may_go_when_it_has_sent_it() -> None:
     """What it alone had of the prompt's beginning goes with it, and the window is named all the same."""
-    cluster, talk = busy_source()
-    second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 3)
-    for group in (0, 1):
-        cluster.deliver(group)
-        cluster.turn(group)
-    (transfer,) = cluster.moves()
+    cluster, second, transfer = window_under_way()
     cluster.move(transfer)
     cluster.arrive(0)
     cluster.lose(0)
