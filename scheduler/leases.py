@@ -5,7 +5,7 @@
     leave     it gives up what it has: the row, the blocks, or the wait for them
     end       and that is its end
 
-Functions over the shared state. Imports `state`, `policy`, `resident`, `prefixes` and the table.
+Functions over the shared state. Imports `state`, `policy` and the table.
 """
 
 from bisect import bisect_left

@@ -1,6 +1,6 @@
 """Takes over what the owner of an estate has left when it died: its scheduler and its groups, as they run. Ends the rest.
 
-Imports ray, `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
+Imports ray, `ownership`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Two versions of a model side by side: the groups of the old one run empty, one after the other, and make room for the new.
 
 Each version has a scheduler, groups and front ends of its own, so no sequence and no block ever passes from one to the other.
-Imports ray, `estate` and `fleet`.
+Imports ray, `ownership` and `fleet`.
 """
 
 import contextlib

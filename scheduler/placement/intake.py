@@ -1,7 +1,7 @@
 """Requests come in: one becomes a sequence for each of its choices, or is refused. What was begun under another scheduler goes
 on as if it had been preempted.
 
-Imports `state`, `limits` and `sequence`.
+Imports `state` and `limits`.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The ways to serve a waiting sequence, and the cheapest of them: facts for `policy`, gathered from few of many groups.
 
 All groups stand side by side, as columns: who is worth a closer look when a sequence is to be placed, however many there are.
-Imports `state`, `policy`, `why`, `resident` and the table. Changes nothing but its columns.
+Imports `state`, `policy`, `why` and the table. Changes nothing but its columns.
 """
 
 import math

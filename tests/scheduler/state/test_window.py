@@ -157,7 +157,7 @@ def busy_source(host_blocks: int = 0) -> tuple[Cluster, Stream]:
 
 
 def window_under_way() -> tuple[Cluster, Stream, int]:
-    """The next turn of the conversation goes to the second group, and what it needs of the first is being sent: by this transfer."""
+    """The next turn of the conversation goes to the second group; this transfer brings what it needs from the first."""
     cluster, talk = busy_source()
     second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 3)
     for group in (0, 1):
