@@ -161,7 +161,7 @@ class OutputOptions:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of each record that it takes as options of its own, in the record's place."""
     hints = get_type_hints(command, include_extras=True)
-    records = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    records: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 
     @functools.wraps(command)
     def run(**given: Any) -> None:

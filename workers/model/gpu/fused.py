@@ -1,4 +1,4 @@
-"""The decoder as a GPU runs it: the weights of `decoders.native`, fused kernels between the matrix products, nothing else in a step.
+"""The decoder as a GPU runs it: the weights of `native`, fused kernels between the matrix products, nothing else in a step.
 
     many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
         residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)

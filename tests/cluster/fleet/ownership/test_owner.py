@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.fleet import estate
+from cluster.fleet.ownership import owner as owning
 from cluster.fleet.ownership.owner import Owner
 from scheduler.protocol.orphans import Estate
 
@@ -58,9 +58,9 @@ class Claims:
 
 @pytest.fixture
 def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Owner]:
-    monkeypatch.setattr(estate, "ray", PlayedRay())
-    monkeypatch.setattr(estate, "OwnerClaim", Claims)
-    owner = Owner(Estate("somewhere", "version", estate.KEEPS * ROUND_S))
+    monkeypatch.setattr(owning, "ray", PlayedRay())
+    monkeypatch.setattr(owning, "OwnerClaim", Claims)
+    owner = Owner(Estate("somewhere", "version", owning.KEEPS * ROUND_S))
     yield owner
     owner.close()
 

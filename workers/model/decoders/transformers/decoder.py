@@ -1,7 +1,7 @@
 """One rank's decoder of transformers' own class, as a CPU's runner calls it; a GPU has `gpu.paged`.
 
-Imports torch, transformers and this room. A step is a ragged batch, which the class takes for one sequence: everything but
-attention looks at tokens one by one, and attention is ours. Its head computes the wanted rows alone.
+Imports torch, transformers and what is known of its classes. A step is a ragged batch, which the class takes for one sequence:
+everything but attention looks at tokens one by one, and attention is ours. Its head computes the wanted rows alone.
 """
 
 import logging
