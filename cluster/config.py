@@ -7,8 +7,8 @@ part. Reads no file and no environment; `deploy.config.load` fills it.
 import os
 from dataclasses import dataclass
 
-from scheduler.config import CoreConfig
-from scheduler.options import above_0, at_least, check, option
+from scheduler.config.core import CoreConfig
+from scheduler.config.options import above_0, at_least, check, option
 from scheduler.server.scaling import ScalingConfig
 from workers.config import WorkerConfig
 

@@ -12,23 +12,24 @@ from collections.abc import Iterable, Mapping
 
 from kvcache.ids import GroupId, host_of
 from kvcache.standing import Standing
-from scheduler.config import CoreConfig, QueueBounds, Resolved
+from scheduler import leases
+from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
+from scheduler.placement.intake import end_of, take_in
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
 from scheduler.protocol.leaders import Adapts, Commands, End, Moved, Refused, Report
 from scheduler.protocol.messages import Failure, FinishReason, Request
-from scheduler.queue.intake import end_of, take_in
-from scheduler.running import leases
-from scheduler.running.resident import ProtocolError, ResidentGroup
-from scheduler.sequence import Sequence
-from scheduler.state import ClusterState
+from scheduler.state import invariants
+from scheduler.state.cluster import ClusterState
+from scheduler.state.resident import ProtocolError, ResidentGroup
+from scheduler.state.sequence import Sequence
 
 
 class SchedulerCore:
     """Sequences, groups and the global block table; see the module's picture.
 
-    Invariants are written out and checked in `scheduler.invariants`.
+    Invariants are written out in `scheduler.state.invariants`.
     """
 
     def __init__(self, config: CoreConfig, resolved: Resolved | None = None, bounds: QueueBounds | None = None) -> None:
@@ -56,6 +57,12 @@ class SchedulerCore:
     def epochs(self) -> Mapping[GroupId, int]:
         """Of each group the last that has been seen."""
         return self._epochs
+
+    def check(self) -> None:
+        """Everything that must hold between two calls, from scratch. Errors: AssertionError that names the rule, the group and
+        the sequence."""
+        invariants.check(self._state)
+        self.routing.check()
 
     def explain(self, tell: Tell) -> None:
         """From now on `tell` is called for every sequence that goes to a group, with the reasons. It must not call the core."""

@@ -1,16 +1,14 @@
-"""`manta replay`: a trace against the production scheduler in virtual time. Reads its options, shows progress and a table.
+"""`manta replay`: a trace against the production scheduler in virtual time. Shows progress and a table.
 
 Imports neither torch nor ray. Exit codes as elsewhere: 0 done, 2 bad input.
 """
-
-# ruff: noqa: B008 - an option is declared where it is named, as the parameter's default
 
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO, ClassVar
 
 import msgspec
 import typer
@@ -22,29 +20,37 @@ from typer.core import TyperCommand
 
 from deploy.config.load import ConfigError
 from deploy.terminal.exits import reported_errors
-from deploy.terminal.options import DebugOption
+from deploy.terminal.options import DebugOption, flag
 from scheduler.placement.why import Decision
-from simulator.engines import ClusterShape
-from simulator.report import LatencyTarget, Outcome
+from simulator.options import (
+    EventOptions,
+    LinkOptions,
+    LoadOptions,
+    OutputOptions,
+    ShapeOptions,
+    TargetOptions,
+    TimeOptions,
+    spread,
+)
+from simulator.report import Outcome
 from simulator.run import POLICIES, Drain, Outage, Scenario, replay
 from simulator.synthetic import SCHEME, make_trace, parse_synthetic
-from simulator.time_model import TimeModel, calibrated
 from simulator.traces import TraceRequest, read_trace
-from simulator.transfers import LinkModel
 
 FIGURES = ("hit %", "busiest", "TTFT mean", "p50", "p99 s", "TPOT p50", "p99 s", "good/s", "preempted", "refused", "core s")
 WIDTH = 120
 
-SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), LatencyTarget()
-
-
-def _flag(name: str, default: Any, help: str, shown: str = "") -> Any:
-    """shown: the default in words, where the value says too little."""
-    return typer.Option(default, name, help=f"{help} Default: {shown or default}.", show_default=False)
-
-
-def _repeatable(name: str, help: str) -> Any:
-    return typer.Option([], name, help=help, show_default=False)
+TraceArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Mooncake JSONL, a request log of manta serve, CSV of Azure or BurstGPT, or "
+        "synthetic:requests=N,rate=PER_S,prompt=TOKENS,output=TOKENS,shared=PART,users=N.",
+        show_default=False,
+    ),
+]
+PolicyOption = Annotated[
+    list[str] | None, flag("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
+]
 
 
 class OldSpellings(TyperCommand):
@@ -67,89 +73,37 @@ class OldSpellings(TyperCommand):
         return super().parse_args(ctx, taken)
 
 
+@spread
 def command(
-    trace: str = typer.Argument(
-        help="Mooncake JSONL, a request log of manta serve, CSV of Azure or BurstGPT, or "
-        "synthetic:requests=N,rate=PER_S,prompt=TOKENS,output=TOKENS,shared=PART,users=N.",
-        show_default=False,
-    ),
-    policy: list[str] = _repeatable(
-        "--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other."
-    ),
-    groups: int = _flag("--groups", SHAPE.groups, "Groups of workers."),
-    blocks: int = _flag("--blocks", SHAPE.blocks, "Blocks in the pool of each group."),
-    block_size: int = _flag("--block-size", SHAPE.block_size, "Tokens in a block, a power of two."),
-    max_num_seqs: int = _flag("--max-num-seqs", SHAPE.max_num_seqs, "Sequences that one group runs at once."),
-    max_num_batched_tokens: int = _flag(
-        "--max-num-batched-tokens", SHAPE.max_num_batched_tokens, "Tokens that one step of a group computes."
-    ),
-    window: int | None = _flag(
-        "--window", None, "Tokens that every layer of the model sees: blocks before them are given back.", "all"
-    ),
-    hash_stride: int = _flag(
-        "--hash-stride", SHAPE.hash_stride, "Tokens in common from which part of a block is reused; 0: none is."
-    ),
-    wait_for_prefix: bool = _flag(
-        "--wait-for-prefix/--no-wait-for-prefix", SHAPE.wait_for_prefix,
-        "Manta lets a sequence wait for a prefix that another is computing.", "it does",
-    ),
-    host_blocks: int = _flag("--host-blocks", SHAPE.host_blocks, "Blocks in the host memory of each group, for manta-host."),
-    fetch_rate: float = _flag(
-        "--fetch-rate", LINKS.fetch_tokens_per_s, "Tokens a second that a group sends, or receives.", "100000"
-    ),
-    host_rate: float = _flag("--host-rate", LINKS.host_tokens_per_s, "Tokens a second to host memory, or from it.", "250000"),
-    speed_up: float = _flag("--speed-up", 1.0, "Load, as a multiple of the trace's own."),
-    limit: int | None = _flag("--limit", None, "Only so many requests, the first in the file.", "all"),
-    seed: int = _flag("--seed", 0, "Makes a replay repeatable: equal seeds, equal results."),
-    fail: list[str] = _repeatable(
-        "--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."
-    ),
-    drain: list[str] = _repeatable(
-        "--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."
-    ),
-    lag: float = _flag("--lag", 1.0, "Seconds by which the view of the lagging router is old."),
-    calibrate: str | None = _flag(
-        "--calibrate", None, "FILE[:MODEL]: times from the output of python -m benchmarks.engine --json.", "the four below"
-    ),
-    prefill_rate: float | None = _flag("--prefill-rate", None, "Prompt tokens a second of one group.", "6000"),
-    decode_step: float | None = _flag("--decode-step", None, "Seconds of any step.", str(TIMES.decode_step_s)),
-    sequence_time: float | None = _flag(
-        "--sequence-time", None, "Seconds more for each decoding sequence.", str(TIMES.sequence_s)
-    ),
-    context_time: float | None = _flag(
-        "--context-time", None, "Seconds more for each token of its context.", str(TIMES.context_token_s)
-    ),
-    ttft: float = _flag("--ttft", TARGET.ttft_s, "Seconds to the first token that goodput allows."),
-    tpot: float = _flag("--tpot", TARGET.tpot_s, "Seconds a token after it that goodput allows."),
-    why: Path | None = _flag(
-        "--why", None, "A file for one JSON line each time Manta sends a request to a group: why there.", "none"
-    ),
-    json: bool = _flag("--json", False, "One JSON object, by policy, as the last line of stdout.", "no"),
-    quiet: bool = _flag("--quiet", False, "No progress on stderr.", "no"),
+    trace: TraceArgument,
+    *,
+    policy: PolicyOption = None,
+    shape: ShapeOptions,
+    links: LinkOptions,
+    load: LoadOptions,
+    events: EventOptions,
+    times: TimeOptions,
+    target: TargetOptions,
+    output: OutputOptions,
     debug: DebugOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Replay a trace against the scheduler in virtual time, under several policies: what if?
 
     manta replay conversation_trace.jsonl --groups 8 --speed-up 1.5 --policy manta --policy round-robin
     """
     with reported_errors(debug):
-        for name in policy:
+        for name in policy or ():
             if name not in POLICIES:
                 raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
-        shape = ClusterShape(
-            groups=groups, blocks=blocks, block_size=block_size, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, host_blocks=host_blocks, hash_stride=hash_stride,
-            wait_for_prefix=wait_for_prefix, window=window, links=LinkModel(fetch_rate, host_rate),
-            time=_times(calibrate, prefill_rate, decode_step, sequence_time, context_time),
-        )  # fmt: skip
-        outages = tuple(Outage(*_event("--fail", text)) for text in fail)
-        drains = tuple(Drain(*_event("--drain", text)) for text in drain)
-        scenario = Scenario(shape, speed_up, seed, outages, drains, lag, LatencyTarget(ttft, tpot))
-        outcomes = _replays(_requests(trace, seed, limit), policy or POLICIES, scenario, quiet, why)
+        cluster = shape.shape(links.links(), times.times())
+        outages = tuple(Outage(*_event("--fail", text)) for text in events.fail)
+        drains = tuple(Drain(*_event("--drain", text)) for text in events.drain)
+        scenario = Scenario(cluster, load.speed_up, load.seed, outages, drains, events.lag, target.target())
+        outcomes = _replays(_requests(trace, load.seed, load.limit), policy or POLICIES, scenario, output.quiet, output.why)
         console = Console()
         console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off
         console.print(summary(outcomes))
-        if json:
+        if output.json:
             sys.stdout.write(msgspec.json.encode({each.policy: each for each in outcomes}).decode() + "\n")
 
 
@@ -158,22 +112,6 @@ def _requests(trace: str, seed: int, limit: int | None) -> list[TraceRequest]:
     if trace.startswith(SCHEME):
         return make_trace(parse_synthetic(trace), seed, limit)
     return read_trace(Path(trace), seed, limit)
-
-
-def _times(
-    calibrate: str | None, prefill: float | None, decode: float | None, sequence: float | None, context: float | None
-) -> TimeModel:
-    """Errors: ValueError, OSError."""
-    base = TIMES
-    if calibrate is not None:
-        name, _, model = calibrate.partition(":")
-        base = calibrated(Path(name), model or None)
-    return TimeModel(
-        base.prefill_tokens_per_s if prefill is None else prefill,
-        base.decode_step_s if decode is None else decode,
-        base.sequence_s if sequence is None else sequence,
-        base.context_token_s if context is None else context,
-    )
 
 
 def _event(option: str, text: str) -> tuple[int, float] | tuple[int, float, float]:

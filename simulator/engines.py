@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
+from scheduler.config.options import check
 from scheduler.core import SchedulerCore
-from scheduler.options import check
 from scheduler.protocol.leaders import Commands, Report
 from scheduler.protocol.messages import Deltas
 from scheduler.server.shell import Shell

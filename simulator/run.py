@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
+from scheduler.placement.limits import RequestRefused, blocks_for
 from scheduler.placement.why import Decision
 from scheduler.protocol.messages import NO_TOKEN, Deltas, Request
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.queue.limits import RequestRefused, blocks_for
 from simulator.engines import ClusterShape, SimulatedEngine
 from simulator.report import LatencyTarget, Outcome, ReplayRecord, outcome
 from simulator.routers import ApproximateIndex, MirroredIndex, RoundRobin, Router, least_load, longest_prefix

@@ -12,7 +12,7 @@ PURE = [
     "kvcache.layout",
     "scheduler.placement.admission",
     "scheduler.core",
-    "scheduler.invariants",
+    "scheduler.state.invariants",
     "scheduler.server.server",
     "scheduler.server.stats",
     "workers.sampling.constraints",

@@ -4,8 +4,8 @@ no torch: whoever places workers needs none."""
 import math
 from dataclasses import dataclass
 
-from scheduler.config import CacheConfig, Resolved
-from scheduler.options import OptionRule, at_least, at_most, one_of, option
+from scheduler.config.core import CacheConfig, Resolved
+from scheduler.config.options import OptionRule, at_least, at_most, one_of, option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 KV_DTYPES = ("auto", "fp8")

@@ -1,3 +1,5 @@
+"""Manta's engine beside its peers."""
+
 from benchmarks.engine.compare import main
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""Model types held against transformers."""
+
 from benchmarks.models.command import main
 
 if __name__ == "__main__":

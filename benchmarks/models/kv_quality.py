@@ -25,8 +25,8 @@ from deploy.text.tokenizer import Tokenizer
 from examples.train_tiny import HELD_OUT, library_sources  # type: ignore[import-not-found]  # a folder of scripts
 from workers.config import KV_DTYPES
 from workers.model.config.architectures import DTYPES, torch_dtype
-from workers.model.footprint import footprint
 from workers.model.reading import read_model
+from workers.process.footprint import footprint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 

@@ -25,7 +25,7 @@ from benchmarks.shared.options import positive
 from workers.model.checkpoint.stretches import THREADS
 from workers.model.checkpoint.weights import Checkpoint, ModelPart, Piece
 from workers.model.config.architectures import ModelConfig, read_config, torch_dtype
-from workers.model.decoder import EMBEDDING, HEAD, Decoder
+from workers.model.decoders.native import EMBEDDING, HEAD, Decoder
 from workers.parallel.silent import Silent
 
 

@@ -1,3 +1,5 @@
+"""What the scheduler costs."""
+
 from benchmarks.scheduler.events import main
 
 if __name__ == "__main__":

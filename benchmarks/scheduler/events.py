@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from benchmarks.shared.report import figure, table
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
+from scheduler.leases import find_victim
 from scheduler.protocol.leaders import ROW_MASK, Grant, Moved, Remap, Report, Start
 from scheduler.protocol.messages import FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.running.leases import find_victim
 
 SIZES = (64, 256, 1024)
 HITS = (0, 50, 100)

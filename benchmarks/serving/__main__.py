@@ -1,3 +1,5 @@
+"""What the endpoint costs."""
+
 from benchmarks.serving.compare import main
 
 if __name__ == "__main__":

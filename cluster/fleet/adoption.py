@@ -1,6 +1,6 @@
 """Takes over what the owner of an estate has left when it died: its scheduler and its groups, as they run. Ends the rest.
 
-Imports ray, `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
+Imports ray, `ownership`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
 """
 
 import contextlib
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import ray
 
-from cluster.fleet.estate import Found, Owner, Remains, actor_of, end, end_group, find
 from cluster.fleet.group import GroupHandle
+from cluster.fleet.ownership.owner import Owner
+from cluster.fleet.ownership.remains import Found, Remains, actor_of, end, end_group, find
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats

@@ -15,11 +15,11 @@ import msgspec
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnFailure, Progress
 from cluster.fleet.adoption import Adopted, take_over
-from cluster.fleet.estate import Owner
 from cluster.fleet.groups import Groups
 from cluster.fleet.health import GroupKeeper
+from cluster.fleet.ownership.owner import Owner
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, GroupStats
 from workers.config import ResolvedWorker

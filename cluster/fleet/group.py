@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import EngineError
-from cluster.fleet.estate import Owner, Remains, actor_of
+from cluster.fleet.ownership.owner import Owner
+from cluster.fleet.ownership.remains import Remains, actor_of
 from scheduler.server.stats import GroupStart
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 from workers.process.actor import CALLS, WorkerActor

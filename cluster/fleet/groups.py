@@ -9,9 +9,9 @@ from functools import partial
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnFailure
-from cluster.fleet.estate import Owner
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.health import GroupKeeper, NewHandle
+from cluster.fleet.ownership.owner import Owner
 from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from workers.config import ResolvedWorker

@@ -1,7 +1,7 @@
 """Two versions of a model side by side: the groups of the old one run empty, one after the other, and make room for the new.
 
 Each version has a scheduler, groups and front ends of its own, so no sequence and no block ever passes from one to the other.
-Imports ray, `estate` and `fleet`.
+Imports ray, `ownership` and `fleet`.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import time
 import ray
 
 from cluster.engine import EngineError
-from cluster.fleet.estate import actor_of, end, find
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.ownership.remains import actor_of, end, find
 from scheduler.protocol.orphans import Estate
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
-from cluster.fleet.estate import Owner
-from scheduler.config import CoreConfig, QueueBounds, Resolved
+from cluster.fleet.ownership.owner import Owner
+from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.protocol.silence import Silence
 from scheduler.server.actor import Handover, SchedulerActor
 from scheduler.server.stats import ClusterStatus

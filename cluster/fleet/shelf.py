@@ -5,7 +5,7 @@ process of the application, and end with it. Imports ray.
 import msgspec
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
-from cluster.fleet.claim import NAMESPACE
+from cluster.fleet.ownership.claim import NAMESPACE
 from scheduler.protocol.messages import Adapter
 
 

@@ -18,7 +18,7 @@ from cluster.local.groups import EPOCH, LocalGroups, ThreadGroups
 from cluster.local.process import ProcessGroups
 from cluster.resolve import resolve
 from kvcache.ids import GroupId
-from scheduler.config import QueueBounds, Resolved
+from scheduler.config.core import QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.placement import why
 from scheduler.protocol.leaders import Commands, FromLeader, Moved

@@ -10,7 +10,7 @@ from deploy.terminal.options import ConfigOption, DebugOption, flag, with_option
 
 if TYPE_CHECKING:
     from cluster.config import EngineConfig
-    from workers.model.footprint import Footprint
+    from workers.process.footprint import Footprint
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -49,10 +49,10 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     """
     from cluster.resolve import check_adapters, model_length
     from workers.model.config.architectures import torch_dtype
-    from workers.model.footprint import footprint
     from workers.model.reading import read_model
     from workers.model.sources.files import Need
     from workers.model.sources.find import find_checkpoint
+    from workers.process.footprint import footprint
 
     found = read_model(find_checkpoint(config, Need.CONFIG), config)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
@@ -92,8 +92,8 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
 def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int:
     """Blocks that the longest sequence holds at once; less than all of its own where no layer sees all of it."""
     from cluster.resolve import DEPTH, prefill_ahead
-    from scheduler.config import Resolved
-    from scheduler.running.window import Window
+    from scheduler.config.core import Resolved
+    from scheduler.state.window import Window
 
     blocks = -(-longest // config.block_size)
     depth = max(DEPTH.values())

@@ -31,7 +31,7 @@ import msgspec
 from cluster.config import EngineConfig
 from deploy.config.faults import meant, where
 from deploy.config.serve import ModelServeConfig, ServeConfig, for_model, model_name
-from scheduler.options import options
+from scheduler.config.options import options
 from scheduler.protocol.sampling import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny"

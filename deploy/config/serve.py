@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scheduler.config import QueueBounds
-from scheduler.options import OptionRule, above_0, at_least, check, one_of, option, options
+from scheduler.config.core import QueueBounds
+from scheduler.config.options import OptionRule, above_0, at_least, check, one_of, option, options
 from workers.model.sources.naming import folder_of, kind_of
 
 LOG_FORMATS = ("text", "json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, RequestStream
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 from scheduler.server.stats import ClusterStatus
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ class ServeCluster:
 
     def _scheduler(self) -> Any | None:
         """Its actor, if there is one. Errors: those of Serve, if it has to ask the engine which one is meant."""
-        from cluster.fleet.estate import latest_scheduler, namespace_of
+        from cluster.fleet.estate import namespace_of
+        from cluster.fleet.ownership.remains import latest_scheduler
 
         version = self._version or self._engine.version.remote().result(timeout_s=ADDRESS_TIMEOUT_S)
         return latest_scheduler(namespace_of(self._application), version)

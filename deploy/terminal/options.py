@@ -16,7 +16,7 @@ import typer
 from cluster.config import EngineConfig
 from deploy.config.load import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, ConfigError
 from deploy.config.serve import ModelServeConfig, ServeConfig
-from scheduler.options import options
+from scheduler.config.options import options
 from scheduler.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {

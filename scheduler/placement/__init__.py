@@ -1,1 +1,1 @@
-"""Where a sequence goes: what it finds cached there, what it shares with others, what it costs."""
+"""A request's way to a group: whether it is taken in, what it finds cached, what it shares with others, what it costs."""

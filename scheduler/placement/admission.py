@@ -8,16 +8,15 @@ import math
 
 from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
-from scheduler import policy
+from scheduler import leases, policy
 from scheduler.placement.routing import GroupRouter, Newcomer, Source
 from scheduler.protocol.leaders import LeaseId, Moved
 from scheduler.protocol.messages import Misses
-from scheduler.running import leases
-from scheduler.running.prefixes import Promise
-from scheduler.running.resident import ResidentGroup
-from scheduler.running.transfers import Transfer
-from scheduler.sequence import Sequence, State
-from scheduler.state import ClusterState
+from scheduler.state.cluster import ClusterState
+from scheduler.state.prefixes import Promise
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, State
+from scheduler.state.transfers import Transfer
 
 MOST_TRIES = 4
 """Sequences that find no room in one event: each costs a match and a look at every group."""

@@ -1,7 +1,7 @@
 """The ways to serve a waiting sequence, and the cheapest of them: facts for `policy`, gathered from few of many groups.
 
 All groups stand side by side, as columns: who is worth a closer look when a sequence is to be placed, however many there are.
-Imports `state`, `policy`, `why`, `resident` and the table. Changes nothing but its columns.
+Imports `state`, `policy`, `why` and the table. Changes nothing but its columns.
 """
 
 import math
@@ -17,9 +17,9 @@ from kvcache.ids import GroupId, group_of, host_of, is_host
 from kvcache.match import Match, Part
 from scheduler import policy
 from scheduler.placement import why
-from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence, Tokens
-from scheduler.state import ClusterState
+from scheduler.state.cluster import ClusterState
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, Tokens
 
 FEW_GROUPS = 24
 """So many are looked at one by one, at 3 us each; array operations over all of them take 70 us, however many there are."""
@@ -78,6 +78,13 @@ class GroupRouter:
         self.explain: why.Tell | None = why.log if state.config.log_decisions else None
         self._state, self._window = state, state.window
         self.regroup()
+
+    def check(self) -> None:
+        """What it sees of each group is what the group says itself. Errors: AssertionError."""
+        assert self.groups == list(self._state.groups.values()), "routing sees other groups"
+        for at, group in enumerate(self.groups):
+            seen, row = self.seen(at), self.row(group)
+            assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
 
     # ---- all groups
 

@@ -10,11 +10,11 @@ A trial is short, and those who make room for it find their blocks where they we
 """
 
 from kvcache.ids import GroupId
+from scheduler import leases
 from scheduler.placement.admission import Admission
-from scheduler.running import leases
-from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence, State
-from scheduler.state import ClusterState
+from scheduler.state.cluster import ClusterState
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, State
 
 PROVEN_TOKENS = 16
 """Tokens beyond those known when its group died: more than had been computed without a report."""

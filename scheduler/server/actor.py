@@ -12,9 +12,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, QueueBounds, Resolved
+from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.logs import configure
 from scheduler.placement import why
 from scheduler.protocol.orphans import Estate, OwnerWatch
@@ -124,7 +123,7 @@ class SchedulerActor:
 
     async def check(self) -> None:
         """Checks every invariant now. Errors: AssertionError that names the rule."""
-        check(self._core)
+        self._core.check()
 
     async def closed(self) -> None:
         """Returns when `close` was called, so that whoever waits for it hears of an unexpected end as an error."""

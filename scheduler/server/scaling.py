@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scheduler.options import at_least, option
+from scheduler.config.options import at_least, option
 from scheduler.server.stats import EngineStats, GroupStats
 
 REST_HEADROOM = 2.0

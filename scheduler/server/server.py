@@ -19,10 +19,10 @@ from scheduler.protocol.leaders import Beat, Commands, FromLeader, Hello, Invent
 from scheduler.protocol.messages import Alive, Connect, Deltas, FromFrontEnd, Welcome
 from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 from scheduler.protocol.wire import read_frame, write_frame
-from scheduler.running.resident import ProtocolError
 from scheduler.server.shell import Shell
 from scheduler.server.stats import ClusterStatus, pool_maps, snapshot
 from scheduler.server.vitals import Fenced, Vitals
+from scheduler.state.resident import ProtocolError
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,10 @@ from typing import TypeVar
 
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
+from scheduler.placement.intake import streams_of
+from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.leaders import Adapts, Commands, FromLeader, Moved, Refused, Report
 from scheduler.protocol.messages import Abort, Alive, Deltas, Finished, FinishReason, FromFrontEnd, Request, Stop, Submit, Tally
-from scheduler.queue.intake import streams_of
-from scheduler.queue.limits import RequestRefused
 from scheduler.server.tallies import Tallies
 
 T = TypeVar("T")
@@ -93,7 +92,7 @@ class Shell:
         What is taken out here is told to each, whatever becomes of the others: nobody would say it again.
         """
         if self._check:
-            check(self.core)
+            self.core.check()
         with self._inside:
             logs, told = self.core.take_logs(), self.core.outbox.drain()
         for group, commands in logs:

@@ -5,10 +5,10 @@ Imports the core.
 
 import msgspec
 
-from scheduler.config import Counters
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import TalliedMetric
-from scheduler.running.resident import ResidentGroup
+from scheduler.state.counters import Counters
+from scheduler.state.resident import ResidentGroup
 
 
 class GroupStats(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ import numpy as np
 from cluster.config import EngineConfig
 from cluster.local.engine import LocalEngine
 from cluster.local.groups import LocalGroups
-from scheduler.config import Resolved
+from scheduler.config.core import Resolved
 from scheduler.protocol.messages import Deltas, Request
 from scheduler.protocol.sampling import SamplingParams
 

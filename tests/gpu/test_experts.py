@@ -21,7 +21,7 @@ from tests.workers.stepping import Stepped, Work
 from workers.execution.gpu.runner import GpuRunner
 from workers.kernels.experts.stacked import Stacked
 from workers.model.config.architectures import read_config
-from workers.model.decoder import load_model
+from workers.model.decoders.native import load_model
 from workers.model.gpu.fused import FusedDecoder
 from workers.model.layers.experts import Mixture
 from workers.model.quantization.forms import keeps_fewer_bits

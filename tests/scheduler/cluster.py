@@ -17,9 +17,9 @@ import numpy.typing as npt
 from msgspec import structs
 
 from kvcache.ids import GroupId, host_of
-from scheduler.config import CoreConfig, QueueBounds, Resolved
+from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
+from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.inventory import blocks_of
 from scheduler.protocol.leaders import (
     Command,
@@ -48,9 +48,8 @@ from scheduler.protocol.messages import (
     Started,
 )
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.queue.limits import RequestRefused
-from scheduler.running.window import Window
-from scheduler.sequence import Sequence
+from scheduler.state.sequence import Sequence
+from scheduler.state.window import Window
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import abandon
 from workers.loop.ledger import Ledger, inventory
@@ -396,7 +395,7 @@ class Cluster:
         try:
             self.core.submit(front_end, request)
         finally:
-            check(self.core)
+            self.core.check()
         now_s = self.core.now_s
         streams = [Stream(front_end, first + choice, prompt, request, now_s, expected, self.window) for choice in range(n)]
         self.streams |= {(front_end, stream.number): stream for stream in streams}
@@ -438,7 +437,7 @@ class Cluster:
                 refused.append(stream)
                 del self.streams[front_end, stream.number]
             finally:
-                check(self.core)
+                self.core.check()
             self.settle()
         return refused
 
@@ -513,7 +512,7 @@ class Cluster:
 
     def settle(self) -> None:
         """What follows from every event: the invariants hold, the logs travel, the front ends are told."""
-        check(self.core)
+        self.core.check()
         self._check_blocks()
         for name, batch in self.core.take_logs():
             self.groups[name].take(batch)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kvcache.ids import GroupId
+from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.messages import Failure, FinishReason, Pooling
-from scheduler.queue.limits import RequestRefused
-from scheduler.running.prefixes import WHOLE_PROMPT
-from scheduler.running.resident import ProtocolError
-from scheduler.sequence import State
+from scheduler.state.prefixes import WHOLE_PROMPT
+from scheduler.state.resident import ProtocolError
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, filled
 
 which = st.integers(0, 99)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config.core import CoreConfig
 from scheduler.core import SchedulerCore
+from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.leaders import Start
 from scheduler.protocol.messages import FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.queue.limits import RequestRefused
-from scheduler.sequence import State
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, filled
 
 

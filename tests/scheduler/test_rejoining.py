@@ -7,7 +7,7 @@ from kvcache.ids import BlockId, GroupId, host_of
 from kvcache.standing import Standing
 from scheduler.core import SchedulerCore
 from scheduler.protocol.leaders import Copy
-from scheduler.running.resident import ProtocolError
+from scheduler.state.resident import ProtocolError
 from tests.scheduler.cluster import Cluster, filled
 
 HERE = GroupId(0)

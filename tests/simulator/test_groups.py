@@ -3,9 +3,8 @@
 import numpy as np
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.protocol.messages import NO_TOKEN, Request
 from scheduler.protocol.sampling import SamplingParams
 from simulator.groups import SimulatedGroup
@@ -49,7 +48,7 @@ class Pair:
                 self.group.begin(self.now_s)
 
     def _settle(self) -> None:
-        check(self.core)
+        self.core.check()
         for _, log in self.core.take_logs():
             self.group.take(log.commands, self.now_s)
         if self.group.run is None:

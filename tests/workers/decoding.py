@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.workers.attention.dense_attention import DenseAttention
 from workers.config import ReadingConfig
 from workers.model.config.architectures import ModelConfig
-from workers.model.decoder import Decoder, load_model
+from workers.model.decoders.native import Decoder, load_model
 from workers.model.reading import read_model
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import Solo, ThreadGroup

@@ -1,7 +1,7 @@
 """Which of the two makers of decoders a checkpoint is for, and what is known of it before its weights are read.
 
-    native         one class for some architectures, with fused kernels (`config.architectures`, `decoder`, `gpu.fused`)
-    transformers   transformers' own class of the architecture, with our attention (`transformers`)
+    native         one class for some architectures, with fused kernels (`config.architectures`, `decoders.native`, `gpu.fused`)
+    transformers   transformers' own class of the architecture, with our attention (`transformers`, `decoders.transformers`)
 
 Imports no torch for a native one.
 """

@@ -29,9 +29,9 @@ from workers.model.checkpoint.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, ch
 from workers.model.checkpoint.kv_scales import read_scales
 from workers.model.checkpoint.weights import Checkpoint
 from workers.model.config.architectures import ModelConfig, torch_dtype
-from workers.model.decoder import Decoder
-from workers.model.loading import adapter_slots, load_decoder
-from workers.model.lora.slots import AdapterSlots
+from workers.model.decoders.loading import load_decoder
+from workers.model.decoders.native import Decoder
+from workers.model.lora.slots import AdapterSlots, adapter_slots
 from workers.model.lora.store import ReadingStore
 from workers.model.reading import DecoderConfig, read_model
 from workers.model.sources.files import Need

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.study.models.block_cache import tell
 from benchmarks.study.models.streams import Workload, chat, from_trace
 from benchmarks.study.options import Options
-from scheduler.queue.limits import blocks_for
+from scheduler.placement.limits import blocks_for
 from simulator.engines import ClusterShape
 from simulator.run import POLICIES, Scenario, replay
 from simulator.time_model import TimeModel

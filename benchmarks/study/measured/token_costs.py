@@ -16,7 +16,7 @@ from benchmarks.study.options import Options, in_turns, spread
 from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.config import CoreConfig
+from scheduler.config.core import CoreConfig
 
 TOKENS = 16_384
 BLOCKS = (16, 64, 256)

@@ -23,7 +23,7 @@ from benchmarks.study.options import Options, Result, machine, run_alone
 from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.config import CoreConfig
+from scheduler.config.core import CoreConfig
 
 LONGEST_THAT_FIT, QUICK_LONGEST_THAT_FIT = 16, 2
 """The simulated pool holds so many sequences of the model's maximal length."""

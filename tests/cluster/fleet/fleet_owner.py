@@ -16,7 +16,7 @@ from cluster.config import EngineConfig
 from cluster.fleet.estate import version_of
 from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 from scheduler.protocol.orphans import Estate
 
 NAMESPACE = "manta-test"

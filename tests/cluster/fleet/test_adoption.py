@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group_table
 
 from benchmarks.chaos.faults import cut
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from cluster.fleet.estate import end, find, latest_scheduler
+from cluster.fleet.ownership.remains import end, find, latest_scheduler
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd

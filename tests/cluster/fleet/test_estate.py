@@ -11,7 +11,7 @@ import pytest
 from cluster.config import EngineConfig
 from cluster.fleet import estate
 from cluster.fleet.estate import version_of
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 BASE = EngineConfig(model=str(TINY), groups=2)

@@ -20,7 +20,7 @@ from cluster.fleet.group import GroupHandle, _get
 from cluster.fleet.health import GroupKeeper
 from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
 from scheduler.server.vitals import Fenced
 from tests.shared.processes import SCHEDULER, alive, all_named, named

@@ -19,10 +19,10 @@ from tests.shared.quantising import MXFP4, is_stack, quantise
 from workers.config import ReadingConfig
 from workers.model.config.architectures import torch_dtype
 from workers.model.config.fields import CheckpointError
-from workers.model.footprint import footprint
 from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
 from workers.process.build import LOADING, build_rank
+from workers.process.footprint import footprint
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma4_text", "deepseek_v3", "gpt_oss"])

@@ -10,8 +10,8 @@ import numpy as np
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineLost, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
+from scheduler.placement.intake import choices_of, streams_of
 from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric, TokenLogprobs
-from scheduler.queue.intake import choices_of, streams_of
 
 CACHED_TOKENS = 3
 

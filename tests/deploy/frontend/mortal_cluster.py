@@ -19,7 +19,7 @@ from cluster.remote import SchedulerStream
 from cluster.resolve import resolve
 from deploy.config.load import EMBEDDED_MODEL
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig, QueueBounds
+from scheduler.config.core import CoreConfig, QueueBounds
 from scheduler.core import SchedulerCore
 from scheduler.protocol.leaders import Hello
 from scheduler.protocol.messages import NO_TOKEN, Deltas

@@ -20,7 +20,7 @@ from deploy.frontend.generation.generation import Generation
 from deploy.frontend.outputs import OutputDelta, RequestOutput
 from deploy.frontend.service.model import ServedModel
 from deploy.text.prompts import Prompt, Terms
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
 from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import Grammar, SamplingParams
 from tests.deploy.frontend.mortal_cluster import MOST_TOKENS, PATIENCE_S, ROWS, MortalCluster, until

@@ -14,9 +14,9 @@ import msgspec
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineError, OnDeltas, OnFailure
 from deploy.observing.tally import TPOT, TTFT
-from scheduler.config import Counters
 from scheduler.server.stats import ClusterStatus, EngineStats, GroupStart, GroupStats, PoolMap
 from scheduler.server.tallies import Tallies
+from scheduler.state.counters import Counters
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 BLOCK = 256

@@ -9,7 +9,7 @@ from cluster.local.engine import FRONT_END, LocalEngine
 from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
 from scheduler.core import SchedulerCore
-from scheduler.sequence import State
+from scheduler.state.sequence import State
 from tests.end_to_end.engines import QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle

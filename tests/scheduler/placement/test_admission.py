@@ -3,11 +3,11 @@
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config import QueueBounds
+from scheduler.config.core import QueueBounds
+from scheduler.placement.limits import LONGEST_RETRY_S, RequestRefused
 from scheduler.protocol.messages import Failure, FinishReason, Misses
-from scheduler.queue.limits import LONGEST_RETRY_S, RequestRefused
-from scheduler.queue.pace import Pace
 from scheduler.server.stats import EngineStats, pool_maps, snapshot
+from scheduler.state.pace import Pace
 from tests.scheduler.cluster import Cluster, filled
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler.protocol.leaders import Copy, Start
-from scheduler.sequence import State
 from scheduler.server.stats import snapshot
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import Cluster, Stream, filled
 
 

@@ -2,7 +2,7 @@
 
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import FinishReason
-from scheduler.sequence import State
+from scheduler.state.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from scheduler.config import CoreConfig
+from scheduler.config.core import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.protocol import handshake
 from scheduler.protocol.handshake import MAX_HANDSHAKE_BYTES, Stranger, identify, introduce, meet

@@ -20,7 +20,7 @@ from msgspec import structs
 
 from kvcache.ids import BlockId, GroupId
 from kvcache.standing import Standing
-from scheduler.config import CoreConfig, Resolved
+from scheduler.config.core import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.inventory import parts
@@ -43,8 +43,8 @@ from scheduler.protocol.messages import (
 )
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.protocol.wire import MAX_FRAME_BYTES, FrameSocket
-from scheduler.running.resident import ProtocolError
 from scheduler.server.server import SchedulerServer
+from scheduler.state.resident import ProtocolError
 
 TOKEN = "secret"
 BLOCK = 16

@@ -1,7 +1,7 @@
 """Who is taken for hung, by the word of leaders and by their silence; a listener's own sleep is nobody's silence."""
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config.core import CoreConfig
 from scheduler.protocol.leaders import Beat
 from scheduler.protocol.silence import BEAT_S, LOOK_S
 from scheduler.server.vitals import Fenced, Vitals

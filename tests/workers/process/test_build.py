@@ -15,7 +15,7 @@ from workers.execution.cpu.runner import ModelRunner
 from workers.model.checkpoint.dtype import Arithmetic, choose
 from workers.model.checkpoint.weights import StoredNumbers
 from workers.model.config.fields import CheckpointError
-from workers.model.decoder import Decoder
+from workers.model.decoders.native import Decoder
 from workers.model.layers.linear import can_pack
 from workers.parallel.in_process import Solo, ThreadGroup
 from workers.process import build

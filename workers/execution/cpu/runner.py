@@ -17,7 +17,7 @@ from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pooling import PooledPrompt, Pooler
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
-from workers.model.decoder import Decoder
+from workers.model.decoders.native import Decoder
 from workers.sampling.constraints import Constraints
 from workers.sampling.logprobs import PromptPart
 from workers.sampling.sampler import Sampler

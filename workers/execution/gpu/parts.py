@@ -19,16 +19,16 @@ from workers.execution.gpu.runner import Captured, GpuRunner
 from workers.execution.spec import RunnerSpec
 from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import ResidentBatch
-from workers.model.decoder import Decoder
+from workers.model.decoders.loading import load_decoder
+from workers.model.decoders.native import Decoder
 from workers.model.gpu.fused import FusedDecoder, PagedDecoder
-from workers.model.loading import adapter_slots, load_decoder
-from workers.model.lora.slots import AdapterSlots
+from workers.model.lora.slots import AdapterSlots, adapter_slots
 from workers.model.sources.progress import Progress
 from workers.parallel.in_process import ThreadGroup
 from workers.sampling.device import DeviceSampler
 
 if TYPE_CHECKING:
-    from workers.model.transformers.decoder import TransformersDecoder
+    from workers.model.decoders.transformers.decoder import TransformersDecoder
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The decoder as a GPU runs it: the weights of `decoder`, fused kernels between the matrix products, nothing else in a step.
+"""The decoder as a GPU runs it: the weights of `native`, fused kernels between the matrix products, nothing else in a step.
 
     many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
         residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
@@ -30,7 +30,7 @@ from workers.kernels.rows.embed import embed_norm
 from workers.kernels.rows.norm import add_rms_norm, rms_norm, rounded_norm
 from workers.kernels.rows.reduce import sum_add_rms_norm, takes
 from workers.kernels.rows.rounding import silu_mul_rounded
-from workers.model.decoder import Decoder, Layer
+from workers.model.decoders.native import Decoder, Layer
 from workers.model.gpu.fused_experts import FusedMixture
 from workers.model.layers.experts import Mixture
 from workers.model.layers.linear import Linear

@@ -11,8 +11,8 @@ from kvcache.pool import KVPool
 from workers.attention.forms import Form, HeadShape
 from workers.attention.write import TorchWriter
 from workers.kernels.lora.weights import StepAdapters
+from workers.model.decoders.transformers.decoder import TransformersDecoder
 from workers.model.gpu.fused import Attend
-from workers.model.transformers.decoder import TransformersDecoder
 
 
 class PagedTransformers:

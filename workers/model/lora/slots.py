@@ -1,17 +1,22 @@
 """One rank's shards of the resident adapters, beside the linear layers of its decoder. Imports torch and safetensors."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from workers.config import WorkerConfig
 from workers.kernels.lora.weights import LoraWeights
 from workers.model.config.architectures import RankShape
-from workers.model.decoder import Decoder, Layer
+from workers.model.decoders.native import Decoder, Layer
 from workers.model.layers.linear import Linear
 from workers.model.layers.mlp import SwiGLU
 from workers.model.lora.files import AdaptedLinear, AdapterFiles
+
+if TYPE_CHECKING:
+    from workers.model.decoders.transformers.decoder import TransformersDecoder
 
 PARTS = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("o", 0),
          "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0)}  # fmt: skip
@@ -62,6 +67,14 @@ class AdapterSlots:
                     raise ValueError(f"{where} holds numbers that are not finite in {a.dtype}")
                 a[: linear.rank].copy_(down)
                 b[:, : linear.rank].copy_(up)
+
+
+def adapter_slots(config: WorkerConfig, decoder: "Decoder | TransformersDecoder") -> AdapterSlots | None:
+    """Room for the LoRA adapters of a decoder that has been loaded; None where none are served."""
+    if not config.lora_slots:
+        return None
+    assert isinstance(decoder, Decoder), "refused before anything is started"
+    return AdapterSlots(decoder, config.lora_slots, config.max_lora_rank)
 
 
 def _scaled(linear: AdaptedLinear, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,1 +1,1 @@
-"""Decoders as transformers defines them: its classes, our attention, our shards of the weights."""
+"""Classes of transformers before a weight is read: what they are, what they ask of attention, how ranks share them."""

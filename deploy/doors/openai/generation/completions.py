@@ -1,7 +1,6 @@
 """`/v1/completions`: prompts in, text out. Knows nothing of HTTP."""
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -16,7 +15,6 @@ from deploy.doors.openai.requests import reading
 from deploy.doors.openai.requests.schemas import CompletionRequest
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
-from deploy.frontend.generation.choice import Told
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 
 DEFAULT_MAX_TOKENS = 16
@@ -28,6 +26,11 @@ class _CompletionTelling(Telling[CompletionRequest]):
 
     _tables: dict[int, CompletionTable] = field(default_factory=dict)
     _prompt_logprobs: dict[int, list[Entry | None]] = field(default_factory=dict)
+
+    def wanted(self, delta: OutputDelta) -> OutputDelta:
+        """Whoever asks for no output gets none of the one token that the end of a prompt yields in any case."""
+        bare = self.request.max_tokens == 0
+        return replace(delta, choices=list(map(_without_output, delta.choices))) if bare else delta
 
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion:
         choices = [
@@ -93,21 +96,11 @@ class Completions(Endpoint[CompletionRequest]):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
-        terms = reading.terms(request, caller, self._config)
         contents = reading.contents(request.prompt, "prompt")
         reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
         if request.echo and self._service.model.tokenizer is None:
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
-        return Asked(contents, params, terms, None, field)
-
-    async def _deltas(
-        self, answer: Telling[CompletionRequest], caller: Caller, told: Sequence[Sequence[Told]] = (), *, gathered: bool = False
-    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        """Whoever asks for no output gets none of the one token that the end of a prompt yields in any case."""
-        async with aclosing(super()._deltas(answer, caller, told, gathered=gathered)) as deltas:
-            async for position, delta in deltas:
-                bare = answer.request.max_tokens == 0
-                yield position, replace(delta, choices=list(map(_without_output, delta.choices))) if bare else delta
+        return Asked(contents, params, reading.terms(request, caller, self._config), None, field)
 
     def _check_best_of(self, best_of: int, request: CompletionRequest) -> None:
         reading.at_most("best_of", best_of, self._config.max_choices, "max_choices")

@@ -82,6 +82,10 @@ class Telling(ABC, Generic[R]):
     def names(self) -> TokenNames:
         return TokenNames(self.tokenizer)
 
+    def wanted(self, delta: OutputDelta) -> OutputDelta:
+        """What the request wants of it: is counted, and told."""
+        return delta
+
     @abstractmethod
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion | ChatCompletion:
         """The response's record."""
@@ -181,10 +185,11 @@ class Endpoint(ABC, Generic[R]):
         answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
         meter = self._meter(answer)
         outputs = [WholePrompt(prompt.params.n) for prompt in answer.prompts]
-        async with aclosing(self._deltas(answer, caller, gathered=True)) as deltas:
+        async with aclosing(self.deltas(answer.prompts, caller, gathered=True)) as deltas:
             async for position, delta in deltas:
-                meter.take(delta)
-                outputs[position].take(delta)
+                wanted = answer.wanted(delta)
+                meter.take(wanted)
+                outputs[position].take(wanted)
         return answer.whole(outputs, meter.usage())
 
     async def events(
@@ -203,9 +208,9 @@ class Endpoint(ABC, Generic[R]):
             if mark.whole or (all(choice.ended for choice in mark.choices) and not options.include_usage):
                 return
         writer = StreamWriter(answer, mark, options, self._meter(answer), with_ids=with_ids)
-        async with aclosing(self._deltas(answer, caller, mark.told(answer.prompts))) as deltas:
+        async with aclosing(self.deltas(answer.prompts, caller, mark.told(answer.prompts))) as deltas:
             async for position, delta in deltas:
-                if data := writer.write(position, delta):
+                if data := writer.write(position, answer.wanted(delta)):
                     yield data
         if options.include_usage:
             yield writer.last()
@@ -243,11 +248,6 @@ class Endpoint(ABC, Generic[R]):
         return self._service.generate(
             prompts, request_id=caller.request_id, traceparent=caller.traceparent, told=told, gathered=gathered
         )
-
-    def _deltas(
-        self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = (), *, gathered: bool = False
-    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        return self.deltas(answer.prompts, caller, told, gathered=gathered)
 
     def _meter(self, answer: Telling[R]) -> UsageMeter:
         return UsageMeter(answer.prompts, answer.thinking, reasons=self._config.miss_reasons)

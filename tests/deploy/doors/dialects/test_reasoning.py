@@ -247,11 +247,3 @@ def test_a_grammar_on_channels(make_checkpoint: MakeCheckpoint) -> None:
     assert accepts(calls, known, tokenizer, thought + "call")
     assert accepts(calls, known, tokenizer, "call")
     assert accepts(calls, known, tokenizer, thought + final + "call"), "as calls, or an answer in their place"
-
-
-def test_marks_of_channels_are_text_where_there_are_channels(make_checkpoint: MakeCheckpoint) -> None:
-    shown = opened(make_checkpoint(None, (*CHANNEL_MARKS, *THINK_MARKS), special=True))
-    text = "".join((*CHANNEL_MARKS, *THINK_MARKS))
-    assert shown.decode(shown.encode(text)) == text
-    plain = opened(make_checkpoint(None, ("<|start|>",), special=True))
-    assert plain.decode(plain.encode("<|start|>a<|end|>")) == "a"

@@ -15,7 +15,7 @@ from tests.workers.decoding import CPU, Ranks
 from workers.model.checkpoint.weights import Checkpoint, Piece, StoredNumbers
 from workers.model.config.architectures import read_config
 from workers.model.config.fields import CheckpointError
-from workers.model.decoder import load_model
+from workers.model.decoders.native import load_model
 from workers.parallel.silent import Silent
 
 PROMPT = [5, 6, 7]

@@ -21,7 +21,7 @@ from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.reduced import Reduced, Rounded
 from workers.kernels.rows.rounding import rounded
 from workers.model.config.architectures import read_config
-from workers.model.decoder import Decoder, load_model
+from workers.model.decoders.native import Decoder, load_model
 from workers.model.gpu.fused import FusedDecoder
 from workers.model.layers.linear import reduced_product
 from workers.parallel.connect import Solo
@@ -153,7 +153,7 @@ def test_norms_and_swiglu_round_what_products_would(stored: Format, tmp_path: Pa
         head_dim=64,
     )  # fmt: skip
     quantise(plain, tmp_path / "fp8", stored)
-    monkeypatch.setattr("workers.model.decoder.keeps_fewer_bits", lambda _: True)
+    monkeypatch.setattr("workers.model.decoders.native.keeps_fewer_bits", lambda _: True)
     came: list[bool] = []
 
     def product(x: Tensor | Rounded, weight: Reduced, bias: Tensor | None) -> Tensor:

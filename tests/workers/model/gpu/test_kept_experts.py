@@ -13,12 +13,12 @@ from tests.shared.quantising import AWQ, FORMATS, FP8, MXFP4, Format, awq, fp8, 
 from workers.config import ReadingConfig
 from workers.kernels.experts.stacked import Stacked
 from workers.model.config.architectures import ModelConfig
-from workers.model.decoder import Decoder, load_model
-from workers.model.footprint import footprint
+from workers.model.decoders.native import Decoder, load_model
 from workers.model.gpu.fused_experts import FusedMixture
 from workers.model.layers.experts import Experts, Mixture
 from workers.model.reading import read_model
 from workers.parallel.silent import Silent
+from workers.process.footprint import footprint
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +75,7 @@ class Loader:
         return config
 
     def decoder(self, keeps: bool, rank: int = 0, size: int = 1, parallel: bool = False) -> Decoder:
-        self._patch.setattr("workers.model.decoder.keeps_fewer_bits", lambda _: keeps)
+        self._patch.setattr("workers.model.decoders.native.keeps_fewer_bits", lambda _: keeps)
         device = DEVICE if keeps else CPU
         return load_model(self._path, self.config(parallel), Silent(size, rank), torch.float32, device, None)
 

@@ -18,8 +18,8 @@ from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from tests.workers.model.transformers.ranks import Ranks
 from workers.attention.cpu.varied import VariedAttention
 from workers.model.config.fields import CheckpointError
+from workers.model.decoders.transformers.decoder import load_transformers
 from workers.model.transformers.config import read_transformers
-from workers.model.transformers.decoder import load_transformers
 from workers.parallel.in_process import Solo
 from workers.step import StepInput
 

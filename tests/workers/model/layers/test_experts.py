@@ -17,13 +17,13 @@ from workers.config import ReadingConfig
 from workers.model.config.architectures import ModelConfig, read_config
 from workers.model.config.fields import CheckpointError
 from workers.model.config.mixtures import MixtureConfig
-from workers.model.decoder import load_model
-from workers.model.footprint import footprint
+from workers.model.decoders.native import load_model
 from workers.model.gpu.fused_experts import FusedMixture
 from workers.model.layers.experts import Mixture
 from workers.model.reading import read_model
 from workers.parallel.connect import Solo
 from workers.parallel.silent import Silent
+from workers.process.footprint import footprint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")

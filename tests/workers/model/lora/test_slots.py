@@ -10,7 +10,7 @@ from tests.shared.adapters import make_adapter
 from tests.shared.checkpoints import make_checkpoint
 from workers.kernels.lora.weights import LoraWeights
 from workers.model.config.architectures import read_config
-from workers.model.decoder import load_model
+from workers.model.decoders.native import load_model
 from workers.model.lora.files import TENSORS, read_adapter
 from workers.model.lora.slots import AdapterSlots
 from workers.parallel.in_process import Solo

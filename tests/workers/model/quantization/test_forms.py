@@ -31,18 +31,18 @@ from workers.config import ReadingConfig
 from workers.kernels.products import tilings
 from workers.kernels.products.tilings import Tiling
 from workers.kernels.reduced import rounded_rows
-from workers.model import decoder
 from workers.model.config.architectures import ModelConfig
 from workers.model.config.fields import CheckpointError
 from workers.model.config.quantization import WeightForm
-from workers.model.decoder import Decoder, load_model
-from workers.model.footprint import footprint
+from workers.model.decoders import native
+from workers.model.decoders.native import Decoder, load_model
 from workers.model.layers.linear import Linear
 from workers.model.layers.mlp import SwiGLU
 from workers.model.quantization.forms import PLAIN, LinearForm, kept_as
 from workers.model.reading import read_model
 from workers.model.sources.progress import Progress
 from workers.parallel.silent import Silent
+from workers.process.footprint import footprint
 
 CPU = torch.device("cpu")
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 32, "vocab_size": 61}
@@ -88,7 +88,7 @@ def _unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def keeping(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Whether the device is as one that has kernels for fewer bits."""
-    return lambda keeps: monkeypatch.setattr(decoder, "keeps_fewer_bits", lambda _: keeps)
+    return lambda keeps: monkeypatch.setattr(native, "keeps_fewer_bits", lambda _: keeps)
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -99,7 +99,7 @@ def test_the_same_numbers(
     plain = make_checkpoint(tmp_path / "plain", "Qwen3ForCausalLM", **WIDE)
     path = tmp_path / "quantised"
     quantise(plain, path, chosen)
-    caplog.set_level("INFO", "workers.model.decoder")
+    caplog.set_level("INFO", "workers.model.decoders.native")
     for rank, size in ((0, 1), (1, 2)):
         keeping(True)
         kept = loaded(path, rank, size)

@@ -11,9 +11,9 @@ from torch import Tensor
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
+from workers.model.decoders.transformers.decoder import TransformersDecoder, load_transformers
 from workers.model.sources.progress import Progress
 from workers.model.transformers.config import read_transformers
-from workers.model.transformers.decoder import TransformersDecoder, load_transformers
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import Solo, ThreadGroup
 from workers.step import StepInput

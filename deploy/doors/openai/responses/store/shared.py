@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.fleet.estate import actor_of
+from cluster.fleet.ownership.remains import actor_of
 from deploy.doors.openai.responses.store.actor import ResponsesActor
 from deploy.doors.openai.responses.store.storing import Bounds, StoredTurn
 from deploy.frontend.errors import Fault, RequestError

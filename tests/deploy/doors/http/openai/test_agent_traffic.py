@@ -12,7 +12,7 @@ from cluster.config import EngineConfig
 from deploy.doors.access import ApiKeys
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service.service import Service
-from scheduler.config import CacheConfig
+from scheduler.config.core import CacheConfig
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, Host
 
 TURNS, CONTEXT = 8, 3000

@@ -1,8 +1,6 @@
 """`/v1/responses`, driven by the `openai` package: what may be asked, and what comes back whole."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,24 +22,13 @@ from tests.deploy.doors.http.responses.responding import (
     SAID,
     TOOLS,
     WEATHER_ASKED,
-    Model,
     Saying,
-    make_saying,
     posted,
     refused,
     respond,
 )  # fmt: skip
 
 CALL = SPOKEN.removeprefix("Let me see.\n")
-
-
-@pytest.fixture
-def saying(host: Host, tmp_path: Path) -> Iterator[Saying]:
-    """Makes models that say a text, whatever they are asked."""
-    opened: list[Model] = []
-    yield make_saying(host, tmp_path, opened)
-    for each in opened:
-        each.engine.released.set()
 
 
 def test_a_response_is_whole(client: openai.OpenAI, http: httpx.Client) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 import ray
 
-from cluster.fleet.estate import actor_of
+from cluster.fleet.ownership.remains import actor_of
 from deploy.doors.openai.responses.store import shared
 from deploy.doors.openai.responses.store.shared import NAME, SharedResponses, end_responses
 from deploy.doors.openai.responses.store.storing import Bounds, StoredTurn

@@ -1,7 +1,5 @@
 """Streams of `/v1/responses`: events of the official types, in the official order, and together what the whole answer says."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,7 +19,6 @@ from tests.deploy.doors.http.responses.responding import (
     Saying,
     events_of,
     kinds,
-    make_saying,
     plain,
     posted,
 )  # fmt: skip
@@ -37,15 +34,6 @@ THINKING = [
     "output_item.done",
 ]  # fmt: skip
 CALLING = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
-
-
-@pytest.fixture
-def saying(host: Host, tmp_path: Path) -> Iterator[Saying]:
-    """Makes models that say a text, whatever they are asked."""
-    opened: list[Model] = []
-    yield make_saying(host, tmp_path, opened)
-    for each in opened:
-        each.engine.released.set()
 
 
 def joined(events: list[dict[str, Any]], kind: str, place: int) -> str:

@@ -1,0 +1,1 @@
+"""Whose an estate is: what an owner says to it, what it has left, and who came last."""

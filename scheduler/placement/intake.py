@@ -1,0 +1,118 @@
+"""Requests come in: one becomes a sequence for each of its choices, or is refused. What was begun under another scheduler goes
+on as if it had been preempted.
+
+Imports `state` and `limits`.
+"""
+
+import math
+
+import msgspec
+import numpy as np
+
+from kvcache.hashing import hash_blocks
+from scheduler.placement.limits import RequestRefused, blocks_for, output_limit, queue_room, slots_for
+from scheduler.protocol.messages import FinishReason, Request, Resumption
+from scheduler.state.cluster import ClusterState
+from scheduler.state.resident import ProtocolError
+from scheduler.state.sequence import PRIORITY_SHIFT, Sequence, Tokens
+
+
+def take_in(state: ClusterState, front_end: int, request: Request) -> list[Sequence]:
+    """The request's sequences, which are known from now on, and neither wait nor run yet.
+
+    Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
+    changed then. What is resumed has been admitted once: no queue is too full for it.
+    """
+    config, params, resumed = state.config, request.params, request.resumption
+    prompt = np.frombuffer(request.tokens, np.int32)
+    max_tokens = output_limit(
+        len(prompt), params.max_tokens if request.pooling is None else 0, state.resolved.max_model_len, config.block_size,
+        state.longest, state.lost, state.back_at_s - state.now_s,
+    )  # fmt: skip
+    if resumed is None:
+        try:
+            queue_room(state.bounds, state.waiting, request, len(prompt), state.now_s)
+        except RequestRefused:
+            state.counters.refused += 1
+            raise
+    _check_streams(state, front_end, request)
+    hashes = _hashes(request, prompt, config.block_size)
+    blocks = blocks_for(slots_for(len(prompt), max_tokens), config.block_size)
+    at_once = blocks if state.window is None else min(blocks, state.window.most)
+    arrived_s = state.now_s - (0.0 if resumed is None else max(0.0, resumed.age_s))
+    deadline_s = math.inf if request.deadline_s is None else arrived_s + request.deadline_s
+    seed = state.random.getrandbits(63) if params.seed is None else params.seed
+    sequences: list[Sequence] = []
+    for stream, choice in zip(streams_of(request), choices_of(request), strict=True):
+        if sequences and params.prompt_logprobs is not None:  # the first choice measures the prompt for all
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
+        number = next(state.numbers)
+        sequence = Sequence(
+            number=number, place=(request.priority << PRIORITY_SHIFT) + number, arrived_s=arrived_s,
+            front_end=front_end, stream=stream, choice=choice, params=params, seed=seed,
+            stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
+            blocks_at_most=blocks, blocks_at_once=at_once, hashes=hashes.copy() if sequences else hashes, buffer=prompt,
+            committed=len(prompt),
+            tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s, pooling=request.pooling,
+            adapter=request.adapter,
+        )  # fmt: skip
+        state.sequences[front_end, stream] = sequence
+        sequences.append(sequence)
+    if resumed is None:
+        state.counters.requests += 1
+        state.counters.prompt_tokens += len(prompt)
+    else:
+        state.counters.resumed += 1
+        _go_on(sequences[0], resumed)
+    return sequences
+
+
+def streams_of(request: Request) -> range:
+    """Its stream numbers, one for each sequence."""
+    return range(request.stream, request.stream + len(choices_of(request)))
+
+
+def choices_of(request: Request) -> range:
+    """The numbers of its choices, in the order of its streams."""
+    resumed = request.resumption
+    return range(request.params.n) if resumed is None else range(resumed.choice, resumed.choice + 1)
+
+
+def end_of(sequence: Sequence) -> FinishReason | None:
+    """Why there is nothing left to compute of a sequence that was resumed: its end was lost, or pools have got smaller. What is
+    made of a prompt is made again."""
+    if sequence.pooling is not None:
+        return None
+    output = sequence.committed - sequence.prompt_tokens
+    if output and output >= sequence.params.min_tokens and int(sequence.buffer[sequence.committed - 1]) in sequence.stop_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if output >= sequence.max_tokens else None
+
+
+def _check_streams(state: ClusterState, front_end: int, request: Request) -> None:
+    """Errors: ProtocolError."""
+    resumed = request.resumption
+    if resumed is not None and (not 0 <= resumed.choice < request.params.n or len(resumed.output) % 4):
+        raise ProtocolError(f"front end {front_end} cannot resume choice {resumed.choice} with {len(resumed.output)} bytes")
+    for stream in streams_of(request):
+        if (front_end, stream) in state.sequences:
+            raise ProtocolError(f"front end {front_end} submitted stream {stream}, which has not ended")
+
+
+def _go_on(sequence: Sequence, resumed: Resumption) -> None:
+    """As it stood where it was lost. Once it had started its tenant has paid for what there is of it."""
+    if resumed.output:
+        sequence.append(np.frombuffer(resumed.output, np.int32))
+    sequence.preemptions = resumed.restarts
+    if resumed.cached_tokens is not None:
+        sequence.cached_tokens, sequence.started_s = resumed.cached_tokens, sequence.arrived_s + resumed.queued_s
+        sequence.misses = resumed.misses
+        sequence.charged = sequence.committed
+
+
+def _hashes(request: Request, prompt: Tokens, block_size: int) -> list[int]:
+    """Of the prompt's full blocks: the front end's, if it brought them."""
+    if len(request.hashes) != 8 * (len(prompt) // block_size):
+        return hash_blocks(prompt, block_size, request.salt)
+    hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
+    return hashes

@@ -1,1 +1,0 @@
-"""Who waits, in which order, how many may, and until when."""

@@ -1,1 +1,0 @@
-"""What runs: rows and blocks of the resident batch, who gives way, and what is moved."""

@@ -1,0 +1,1 @@
+"""What is known: who waits, what runs, what moves, and what must hold of it. Decides nothing."""

@@ -1,0 +1,1 @@
+"""Decoders, filled: one class for all native families, and transformers' own classes."""
