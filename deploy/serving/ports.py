@@ -50,7 +50,7 @@ def check_free(serve: ServeConfig) -> None:
 
 
 def await_answer(serve: ServeConfig, model: str, key: str | None, timeout_s: float, wait: Callable[[], None]) -> None:
-    """Returns once requests through the very URL that clients are told are answered by this model, `IN_A_ROW` of them, each over
+    """Returns once requests through the very URL that clients are told are answered by this model, `IN_A_ROW` of them, each by
     a connection of its own. wait: called after one that is not. Errors: TimeoutError that says what was seen last."""
     import httpx
 

@@ -288,7 +288,7 @@ def test_changes_in_quick_succession_cut_nobody(tmp_path: Path, monkeypatch: pyt
 
 
 def requests_in_a_row(door: int, over: threading.Event) -> int:
-    """How many were answered, over a connection that is kept until its other side says that it ends. Errors: ConnectionError."""
+    """How many were answered, over a connection that is kept until an answer says that it ends. Errors: ConnectionError."""
     count, closing = 0, False
     while not over.is_set():
         with socket.create_connection(("127.0.0.1", door), PATIENCE_S) as connection:

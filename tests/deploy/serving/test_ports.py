@@ -77,7 +77,8 @@ class Models(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         type(self).asked += 1
         body = json.dumps({"data": [{"id": "ours"}]}).encode()
-        ready = type(self).asked not in self.unready and self.path == "/below/v1/models" and self.headers["Authorization"] == "Bearer key"
+        meant = self.path == "/below/v1/models" and self.headers["Authorization"] == "Bearer key"
+        ready = meant and type(self).asked not in self.unready
         self.send_response(200 if ready else 503)
         self.end_headers()
         self.wfile.write(body)
