@@ -41,6 +41,8 @@ RAY_VARIABLE = "RAY_ADDRESS"
 RECEIVE_VARIABLE, CONNECTIONS_VARIABLE = "MANTA_RECEIVE_TIMEOUT_S", "MANTA_MAX_CONNECTIONS"
 UNCOUNTED = 1 << 30
 DEFAULT_MAX_TOKENS = 128
+IDLE_S = 120
+"""A HAProxy that another has replaced still takes one request of each connection: none of them is idle for longer."""
 OPENMP_SPIN = "2000"
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -341,6 +343,8 @@ def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.envi
         environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
         environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # no load balancer has to notice first
         environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(math.ceil(serve.receive_timeout_s)))
+        longest_s = IDLE_S + math.ceil(serve.receive_timeout_s + serve.request_timeout_s)
+        environ.setdefault("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", str(longest_s))  # Serve's 120 cut streams at any change
     else:
         environ[CONNECTIONS_VARIABLE] = str(serve.max_connections)
 

@@ -10,7 +10,9 @@ Serve would have started.
 And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a session of its own that no end of Serve's
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
-and kills either one that is stopped for good: half of all newcomers would wait for it.
+and kills either one that is stopped for good: half of all newcomers would wait for it. Each change of the configuration
+brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
+one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
@@ -18,6 +20,7 @@ and kills either one that is stopped for good: half of all newcomers would wait 
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import shlex
@@ -65,7 +68,7 @@ APART = (
 ADMIN = re.compile(r"^\s*stats socket (\S+) .*expose-fd listeners", re.MULTILINE)
 SOCKET = re.compile(r"^\s*stats socket (\S+)", re.MULTILINE)
 PID = re.compile(rb"^Pid: (\d+)$", re.MULTILINE)
-GUARD_POLL_S = 0.25
+GUARD_POLL_S, START_POLL_S = 0.25, 0.05
 PR_SET_PDEATHSIG = 1
 MOST_FILES = 1 << 20
 SHORT_S = 1.0
@@ -160,18 +163,14 @@ def start_guard(binary: str, file: Path) -> None:
 
 def guard(binary: str, file: Path, first: int) -> None:
     """Keeps a second HAProxy up until the next guard takes its place, the folder has gone, or nobody needs it any more."""
-    folder, turn, note = file.parent, file.parent / "guard.pid", file.parent / "second.pid"
+    folder, turn = file.parent, file.parent / "guard.pid"
     _note(turn, os.getpid())  # first of all: the guard before this one starts no other in place of what is taken over here
-    command = [binary, "-db", "-f", str(folder / "second.cfg")]
-    before = _noted(note)
-    takes_over: list[str] = []
-    if before is not None and _is_haproxy(before, folder / "second.cfg"):
-        takes_over = ["-sf", str(before), *sockets_from((folder / "second.cfg").read_text())]
-    second, started_s = _start([*command, *takes_over]), time.monotonic()
-    _note(note, second.pid)
+    configuration = folder / "second.cfg"
+    command = [binary, "-db", "-f", str(configuration)]
+    watches = [Watchdog(file), Watchdog(configuration)]
+    second, started_s = _take_over(command, configuration), time.monotonic()
     needed_s = time.monotonic()
-    watches = [Watchdog(file), Watchdog(folder / "second.cfg")]
-    while file.exists():
+    while second is not None and file.exists():
         time.sleep(GUARD_POLL_S)
         for watch, process in zip(watches, (first, second.pid), strict=True):
             if watch.hangs(process):
@@ -179,23 +178,52 @@ def guard(binary: str, file: Path, first: int) -> None:
         if (its_turn := _noted(turn)) is None:
             break  # the folder has gone: nothing is waited for
         if its_turn != os.getpid():
-            second.send_signal(signal.SIGUSR1)  # lets what it serves end, for as long as there is a folder
-            while second.poll() is None and file.exists():
-                time.sleep(GUARD_POLL_S)
-            second.kill()
+            _let_go(second, file, watches[1])
             return
         if second.poll() is not None:
             if time.monotonic() - started_s < SHORT_S:
                 time.sleep(SHORT_S)  # it cannot start, or not yet
-            second, started_s = _start(command), time.monotonic()
-            _note(note, second.pid)
+            second, started_s = _take_over(command, configuration), time.monotonic()
         if _is_haproxy(first, file) and _parent(first) != 1:
             needed_s = time.monotonic()
         elif time.monotonic() - needed_s > ALONE_S:
             break
+    if second is None:
+        return
     second.kill()
     if _is_haproxy(first, file):
         os.kill(first, signal.SIGKILL)
+
+
+def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | None":
+    """Starts a second HAProxy and waits until it serves, has ended or hangs. It has the doors of the one before, and then tells
+    that one to end; which that is, is noted. file: its configuration. None if it is another guard's turn by now."""
+    note, watch = file.parent / "second.pid", Watchdog(file)
+    with (file.parent / "second.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _noted(file.parent / "guard.pid") != os.getpid():
+            return None
+        before, takes_over = _noted(note), list[str]()
+        if before is not None and _is_haproxy(before, file):
+            takes_over = ["-sf", str(before), *sockets_from(file.read_text())]
+        second = _start([*command, *takes_over])
+        deadline_s = time.monotonic() + HUNG_S
+        while second.poll() is None and watch.answering() != second.pid and time.monotonic() < deadline_s:
+            time.sleep(START_POLL_S)
+        if second.poll() is None:
+            _note(note, second.pid)
+        return second
+
+
+def _let_go(second: "subprocess.Popen[bytes]", file: Path, watch: "Watchdog") -> None:
+    """Its guard's turn is over. It lets what it serves end, for as long as there is a folder, once the next one serves, or no
+    guard is left to start that: connections that wait to be let in have somebody who does so."""
+    while second.poll() is None and file.exists():
+        next_guard = _noted(file.parent / "guard.pid")
+        if watch.answering() not in (None, second.pid) or not Path(f"/proc/{next_guard}").exists():
+            second.send_signal(signal.SIGUSR1)
+        time.sleep(GUARD_POLL_S)
+    second.kill()
 
 
 def _start(command: list[str]) -> "subprocess.Popen[bytes]":
@@ -218,12 +246,12 @@ class Watchdog:
         now_s = time.monotonic()
         slept_s = max(0.0, now_s - self._looked_s - GUARD_POLL_S - 3 * ASK_TIMEOUT_S)
         self._looked_s, self._answered_s = now_s, self._answered_s + slept_s
-        if self._process != process or self._answers() == process:
+        if self._process != process or self.answering() == process:
             self._process, self._answered_s = process, time.monotonic()
         return now_s - self._answered_s > HUNG_S and _is_haproxy(process, self._file)
 
-    def _answers(self) -> int | None:
-        """The process that does."""
+    def answering(self) -> int | None:
+        """The process that answers at the admin socket."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ASK_TIMEOUT_S)
             connection.connect(self._admin)

@@ -13,6 +13,8 @@ from deploy.config.serve import ServeConfig
 
 ASK_TIMEOUT_S = 10.0
 POLL_S = 0.2
+IN_A_ROW = 10
+"""Answers to as many newcomers. Two HAProxies share them by chance, and each learns of a change in its own time."""
 
 
 def reserve(host: str, port: int, what: str, cure: str) -> socket.socket:
@@ -48,13 +50,13 @@ def check_free(serve: ServeConfig) -> None:
 
 
 def await_answer(serve: ServeConfig, model: str, key: str | None, timeout_s: float, wait: Callable[[], None]) -> None:
-    """Returns once a request through the very URL that clients are told is answered, by this model. wait: called between two.
-    Errors: TimeoutError that says what was seen last."""
+    """Returns once requests through the very URL that clients are told are answered by this model, `IN_A_ROW` of them, each by
+    a connection of its own. wait: called after one that is not. Errors: TimeoutError that says what was seen last."""
     import httpx
 
     deadline = time.monotonic() + timeout_s
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    seen = "no answer"
+    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    seen, answered = "no answer", 0
     with httpx.Client(base_url=serve.base_url, headers=headers, timeout=ASK_TIMEOUT_S, trust_env=False) as client:
         while time.monotonic() < deadline:
             try:
@@ -63,9 +65,13 @@ def await_answer(serve: ServeConfig, model: str, key: str | None, timeout_s: flo
                 if answer.status_code == 200:
                     with contextlib.suppress(ValueError, KeyError, TypeError):  # somebody else's answer
                         if model in [each["id"] for each in answer.json()["data"]]:
-                            return
+                            answered += 1
+                            if answered == IN_A_ROW:
+                                return
+                            continue
                     seen = f"another server's answer: {answer.text[:80]!r}"
             except httpx.HTTPError as error:
                 seen = str(error) or type(error).__name__
+            answered = 0
             wait()
     raise TimeoutError(f"the model is ready, but requests to {serve.base_url} do not reach it ({seen})")

@@ -167,11 +167,13 @@ def doors(folder: Path) -> Iterator[tuple[Callable[..., "subprocess.Popen[bytes]
     file.write_text(
         f"global\n    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners\n"
         "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
+        "    option idle-close-on-response\n"
         f"frontend prometheus\n    bind :{metrics}\n    http-request use-service prometheus-exporter\n"
         f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    http-request return status 200\n"
         f"listen stats\n  bind *:{page}\n  stats enable\n"
     )
     assert "admin expose-fd listeners" in as_serve_writes_it()
+    assert "option idle-close-on-response" in as_serve_writes_it()
     program = write_program(folder, get_haproxy_binary(), 60.0, 1024)
     started: list[subprocess.Popen[bytes]] = []
 
@@ -263,6 +265,40 @@ def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: 
             until("an old one serves on", lambda old=old: not alive(old))  # type: ignore[misc]
         over.set()
         assert asking.result()
+
+
+def test_changes_in_quick_succession_cut_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when front ends come up one after the other on a busy machine: the second one of a guard starts late, while the next
+    guard is there already. Once all is quiet again either one that serves is the one that its guard means."""
+    slow = ["start = haproxy._start", "def slowly(command):", "    haproxy.time.sleep(1.0)", "    return start(command)"]
+    with (
+        impatient(tmp_path, monkeypatch, *slow, "haproxy._start = slowly", HUNG_S=3.0), doors(tmp_path) as (start, door),
+        ThreadPoolExecutor(12) as pool,
+    ):  # fmt: skip
+        first, second = start(), second_of(tmp_path)
+        first = start("-sf", str(first.pid))
+        time.sleep(1.2)  # the second one of this change has not started, and the one before has nothing to do
+        first, over = start("-sf", str(first.pid)), threading.Event()
+        asking = [pool.submit(requests_in_a_row, door, over) for _ in range(12)]
+        over.wait(6.0)  # longer than one without an answer is waited for
+        over.set()
+        assert all(each.result() > 10 for each in asking)
+        assert "ALERT" not in (tmp_path / "second.log").read_text(), "it has not got the doors of the one before"
+        assert second_of(tmp_path) == int((tmp_path / "second.pid").read_text()) != second
+
+
+def requests_in_a_row(door: int, over: threading.Event) -> int:
+    """How many were answered, over a connection that is kept until an answer says that it ends. Errors: ConnectionError."""
+    count, closing = 0, False
+    while not over.is_set():
+        with socket.create_connection(("127.0.0.1", door), PATIENCE_S) as connection:
+            while not closing and not over.wait(0.1):
+                connection.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+                if not (said := connection.recv(4096)).startswith(b"HTTP/1.1 200 "):
+                    raise ConnectionError(f"after {count} answers: {said!r}")
+                count, closing = count + 1, b"connection: close" in said.lower()
+        closing = False
+    return count
 
 
 @contextlib.contextmanager

@@ -291,6 +291,7 @@ def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) ->
     assert "is ready at" not in endpoint.said
     endpoint.gate.touch()
     until("it does not say that it is ready", lambda: f"tiny is ready at {endpoint.address}" in endpoint.said)
+    assert endpoint.newcomers() == [200] * 20, "whichever HAProxy they meet"
     assert endpoint.complete().status_code == 200
     assert endpoint.http.get("/health").json() == {"status": "ok"}
 

@@ -124,10 +124,11 @@ def test_ray_serves_processes_are_bounded_by_the_environment(host: Host, monkeyp
 
 def test_behind_haproxy_it_counts_and_the_front_ends_do_not() -> None:
     environ: dict[str, str] = {}
-    choose_proxy(ServeConfig(receive_timeout_s=1.5, max_connections=2), environ)
+    choose_proxy(ServeConfig(receive_timeout_s=1.5, request_timeout_s=300.0, max_connections=2), environ)
     bounds = connection_bounds(environ)
     assert (bounds.receive_timeout_s, bounds.max_connections) == (1.5, UNCOUNTED)
     assert environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "2"
+    assert environ["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == "422", "what is under way at a change of its configuration ends"
     assert connection_bounds({}).receive_timeout_s == ServeConfig().receive_timeout_s
 
 
