@@ -5,6 +5,7 @@ several (`make test`). A test that starts Ray and fails shows what its cluster's
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -61,6 +62,17 @@ LAST = (
 )  # fmt: skip
 """Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together."""
 NOTES = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays: no collection of garbage looks through it, now or while tests run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is marked slow is taken away
@@ -133,6 +145,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extensions would take for leaked what is frozen
     if OWN_FOLDER is not None:
         shutil.rmtree(OWN_FOLDER, ignore_errors=True)
 
