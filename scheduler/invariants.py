@@ -34,12 +34,14 @@ def check(core: SchedulerCore) -> None:
 
 
 def _check_routing(core: SchedulerCore) -> None:
-    """What routing sees of each group is what the group says itself."""
+    """What routing sees of each group is what the group says itself, and nobody looks after groups that have gone."""
     routing = core.routing
     assert routing.groups == list(core.groups.values()), "routing sees other groups"
     for at, group in enumerate(routing.groups):
         seen, row = routing.seen(at), routing.row(group)
         assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
+    for group in (*core.watch.told, *core.watch.touched):
+        assert core.groups.get(group.group) is group, f"epoch {group.epoch} of group {group.group} has gone, and is kept"
 
 
 def _check_prefixes(core: SchedulerCore) -> None:
