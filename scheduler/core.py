@@ -110,7 +110,7 @@ class SchedulerCore:
         self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
         self.expected.pop(group, None)
         self.groups[group] = ResidentGroup(
-            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch,
+            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self.watch,
             self._state.window,
         )  # fmt: skip
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
