@@ -72,8 +72,8 @@ def widths() -> list[Ask]:
 
 @dataclass(slots=True)
 class Soak:
-    """striking: the faults that are made meanwhile, if any. done: requests that were answered, given up or lost. left: given up.
-    refused: told to come again, which they did."""
+    """striking: the faults that are made meanwhile, if any. done: requests that were answered, given up or lost. left: those
+    given up. refused: how often one was told to come again, and did."""
 
     endpoint: Endpoint
     clients: Clients
