@@ -41,6 +41,7 @@ class SchedulerCore:
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
+        self.watch = state.watch
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
 
@@ -73,12 +74,10 @@ class SchedulerCore:
 
         Costs nothing for the groups that were told nothing. A group that went down meanwhile hears nothing more.
         """
-        told = self._state.watch.told
+        told = self.watch.told
         if not told:
             return []
-        logs = [
-            (group.group, log) for group in told if self.groups.get(group.group) is group and (log := group.drain()) is not None
-        ]
+        logs = [(group.group, log) for group in told if (log := group.drain()) is not None]
         told.clear()
         return logs
 
@@ -118,7 +117,7 @@ class SchedulerCore:
         self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
         self.expected.pop(group, None)
         self.groups[group] = ResidentGroup(
-            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch,
+            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self.watch,
             self._state.window,
         )  # fmt: skip
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
@@ -162,6 +161,7 @@ class SchedulerCore:
             self.table.remove_group(group)
             if lost.host_blocks:
                 self.table.remove_group(host_of(group))
+            self.watch.forget(lost)
         if not returning:
             self._suspects.lost(group)
         self._reconsider(reason, Failure.UNAVAILABLE)

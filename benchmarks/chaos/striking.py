@@ -15,11 +15,13 @@ POLL_S = 0.5
 
 
 class Striking(threading.Thread):
-    """Until `settle`. made: what has been done so far, in order. Errors: ServingError if the groups do not all come up."""
+    """Until `settle`. made: what has been done so far, in order. between: held from each fault until all is as it was; whoever
+    holds it finds everything there. Errors: ServingError if the groups do not all come up."""
 
     def __init__(self, endpoint: Endpoint, shape: Shape, faults: Sequence[Fault], every_s: float, seed: int) -> None:
         super().__init__(name="faults", daemon=True)
         self.made: list[str] = []
+        self.between = threading.Lock()
         self._endpoint = endpoint
         self._shape = shape
         self._faults = faults
@@ -32,16 +34,19 @@ class Striking(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(self._every_s):
-            fault = self._draw.choice(self._faults)
-            victims = holders(fault.role, self._endpoint.pid, self._draw.choice)
-            try:
-                inflict(fault, victims, self._draw)
-                self.made.append(str(fault) if victims else f"{fault} (nobody)")
-                self._until_whole(set(victims) if fault.replaces else set())
-            except ServingError:  # `settle` finds what is still missing
-                continue
-            finally:
-                resume(victims)
+            with self.between:
+                self._strike(self._draw.choice(self._faults))
+
+    def _strike(self, fault: Fault) -> None:
+        victims = holders(fault.role, self._endpoint.pid, self._draw.choice)
+        try:
+            inflict(fault, victims, self._draw)
+            self.made.append(str(fault) if victims else f"{fault} (nobody)")
+            self._until_whole(set(victims) if fault.replaces else set())
+        except ServingError:
+            pass  # `settle` finds what is still missing
+        finally:
+            resume(victims)
 
     def settle(self) -> None:
         """Makes no more of them, and returns when all is as it was. Errors: ServingError if that does not come about."""

@@ -103,9 +103,7 @@ class GroupRouter:
         touched = self._state.watch.touched
         for group in touched:
             group.touched = False
-            at = self._at.get(group.group)
-            if at is not None and self.groups[at] is group:  # else it has gone
-                self._rows[:, at] = self.row(group)
+            self._rows[:, self._at[group.group]] = self.row(group)
         touched.clear()
 
     def row(self, group: ResidentGroup) -> tuple[int, int, int, int, int, int]:

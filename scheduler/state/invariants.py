@@ -28,7 +28,14 @@ def check(state: ClusterState) -> None:
     _check_membership(state, running)
     for sequence in state.sequences.values():
         _check_sequence(state, sequence)
+    _check_watch(state)
     _check_prefixes(state)
+
+
+def _check_watch(state: ClusterState) -> None:
+    """Nobody looks after groups that have gone."""
+    for group in (*state.watch.told, *state.watch.touched):
+        assert state.groups.get(group.group) is group, f"epoch {group.epoch} of group {group.group} has gone, and is kept"
 
 
 def _check_prefixes(state: ClusterState) -> None:

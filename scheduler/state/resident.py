@@ -65,12 +65,18 @@ class Roster(NamedTuple):
 class Watch:
     """Groups to which something has happened, so that whoever looks after all groups need not ask each of them.
 
-    told: their logs were empty, and are not now. touched: their loads may have changed. Whoever has looked empties the list; it
-    may hold groups that have gone.
+    told: their logs were empty, and are not now. touched: their loads may have changed. Whoever has looked empties the list,
+    which may be a long time from now. Invariant: both list groups that are up, each once.
     """
 
     told: "list[ResidentGroup]" = field(default_factory=list)
     touched: "list[ResidentGroup]" = field(default_factory=list)
+
+    def forget(self, group: "ResidentGroup") -> None:
+        """It has gone, and is not told or touched any more."""
+        for groups in (self.told, self.touched):
+            if group in groups:
+                groups.remove(group)
 
 
 class ResidentGroup:

@@ -1,5 +1,7 @@
 """Groups come and go: their sequences start again elsewhere, wait, or fail with a reason."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,8 @@ from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.leaders import Start
 from scheduler.protocol.messages import FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.state.sequence import State
+from scheduler.state.resident import ResidentGroup
+from scheduler.state.sequence import Sequence, State
 from tests.scheduler.cluster import LOST, Cluster, filled
 
 
@@ -157,3 +160,29 @@ def test_the_last_group_runs_empty_if_it_comes_back_and_requests_wait_for_it() -
     cluster.bring_up(0)
     cluster.run()
     assert cluster.reason(waiting) is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_nothing_is_kept_of_groups_and_sequences_that_have_gone(idle: bool) -> None:
+    """A resident batch is half a megabyte. idle: nobody runs there, or waits afterwards."""
+    cluster = Cluster((8, 8))
+
+    def kept(kind: type) -> int:
+        gc.collect()
+        return sum(isinstance(each, kind) for each in gc.get_objects())
+
+    def lose(times: int) -> None:
+        for turn in range(times):
+            streams = [] if idle else [cluster.submit([token, turn % 2], max_tokens=12)[0] for token in (0, 1, 0)]
+            cluster.step(times=2)
+            cluster.lose(turn % 2, returning=True)
+            cluster.bring_up(turn % 2)
+            cluster.ghosts.clear()
+            cluster.run()
+            assert {cluster.reason(stream) for stream in streams} <= {FinishReason.LENGTH}
+
+    lose(2)
+    groups, sequences = kept(ResidentGroup), kept(Sequence)
+    lose(10)
+    assert kept(ResidentGroup) <= groups
+    assert kept(Sequence) <= sequences
