@@ -19,6 +19,7 @@ from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
 from workers.kernels.experts.stacked import FOUR_BITS, Operand, Stacked, Weight, operand
 from workers.kernels.launch import enter, interpreted
+from workers.kernels.products.expand import expanded
 from workers.kernels.products.four_bits import in_fours
 from workers.kernels.products.widen import of_fp8
 
@@ -221,7 +222,7 @@ def _launch(
         return
     pdl = pdl and not interpreted()
     if tiling is None and isinstance(weight, Stacked) and _pays_to_expand(x, weight, routing):
-        weight = weight.expanded(x.dtype)
+        weight = expanded(weight.matrix, x.dtype).view(weight.shape)
     if isinstance(weight, Tensor) and (
         isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight.shape[2], routing))
     ):

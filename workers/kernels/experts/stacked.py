@@ -1,4 +1,4 @@
-"""The matrices of a layer's experts as kernels take them: plain numbers, or in fewer bits. Imports torch and the kernels."""
+"""The matrices of a layer's experts as kernels take them: plain numbers, or in fewer bits. Imports torch."""
 
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -6,7 +6,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from workers.kernels.products.expand import expanded
 from workers.kernels.reduced import Microscaled, Reduced
 
 
@@ -34,10 +33,6 @@ class Stacked:
     def numbers(self, expert: int, dtype: torch.dtype) -> Tensor:
         """What an expert's matrix stands for, [rows, columns]."""
         return self.part(expert, expert + 1).matrix.numbers(dtype)
-
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """What all of them stand for, in memory that is made for it."""
-        return expanded(self.matrix, dtype).view(self.shape)
 
 
 Weight: TypeAlias = Tensor | Stacked

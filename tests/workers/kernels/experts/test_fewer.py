@@ -15,6 +15,7 @@ from workers.kernels.experts.grouped import add_up, choose_tiling, down, gate_up
 from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stacked import Operand, Stacked
 from workers.kernels.experts.stream import StreamTiling, choose_streaming, few_down, few_up
+from workers.kernels.products.expand import expanded
 from workers.kernels.reduced import Microscaled, Reduced
 
 EXPERTS, TOP, EPS = 5, 2, 1e-5
@@ -133,15 +134,15 @@ def test_so_many_tokens_that_numbers_are_widened_before(
     monkeypatch.setattr("workers.kernels.experts.grouped.LEAST_TO_EXPAND", {up.matrix.kind: 40 * TOP // EXPERTS})
     monkeypatch.setattr("workers.kernels.experts.dense.UP", DenseTiling(32, 32, 4, 3))
     monkeypatch.setattr("workers.kernels.experts.dense.DOWN", DenseTiling(32, 32, 4, 3))
-    widened = mock.Mock(wraps=Stacked.expanded)
-    monkeypatch.setattr(Stacked, "expanded", lambda self, dtype: widened(self, dtype))
+    widened = mock.Mock(wraps=expanded)
+    monkeypatch.setattr("workers.kernels.experts.grouped.expanded", widened)
     for most in (EXPERTS * 2 * 64 * 64 * 2, EXPERTS * 64 * 64 * 2):  # as many bytes as `up` takes, and as down does
         monkeypatch.setattr("workers.kernels.experts.grouped.MOST_EXPANDED_BYTES", most)
         act = gate_up(x, up, routing, bias=weights.gate_up_bias, in_turns=weights.in_turns, clamp=weights.clamp)
         parts = down(act, narrow, routing, bias=weights.down_bias)
         exact = weights.exact_mixture(x, chosen, shares, range(EXPERTS))
         assert _off(add_up(parts, routing, held=EXPERTS), exact) < 2 * TOLERANCE[torch.float16]
-    assert [call.args[0] for call in widened.mock_calls] == [up, narrow, narrow]
+    assert [call.args[0] for call in widened.mock_calls] == [up.matrix, narrow.matrix, narrow.matrix]
 
 
 @pytest.mark.parametrize(("kind", "group"), [("mxfp4", 32), ("fp8", 0), ("fp8", 64), ("fp8", 128), ("int4", 32), ("int4", 128)])
