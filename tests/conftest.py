@@ -56,11 +56,12 @@ SECOND_LANE = (
 )  # fmt: skip
 """Of the tests that start Ray, about half of what takes long."""
 LAST = (
-    "tests/cluster/losses/test_hung.py", "tests/cluster/losses/test_resuming.py", "tests/cluster/test_ray.py",
-    "tests/deploy/doors/http/responses/test_responses_ray.py", "tests/cluster/test_two_groups.py",
-    "tests/deploy/batch/test_ray_job.py", "tests/cluster/fleet/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
+    "tests/cluster/losses/test_hung.py", "tests/cluster/losses/test_resuming.py",
+    "tests/deploy/doors/http/responses/test_responses_ray.py", "tests/cluster/fleet/test_keepers.py",
+    "tests/deploy/doors/grpc/test_ray.py",
 )  # fmt: skip
-"""Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together."""
+"""Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together. All are
+slow: without them the files that compute come last, which are short."""
 NOTES = pytest.StashKey[list[str]]()
 
 
