@@ -203,7 +203,8 @@ def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | Non
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _noted(file.parent / "guard.pid") != os.getpid():
             return None
-        before, takes_over = _noted(note), list[str]()
+        before = _noted(note)
+        takes_over: list[str] = []
         if before is not None and _is_haproxy(before, file):
             takes_over = ["-sf", str(before), *sockets_from(file.read_text())]
         second = _start([*command, *takes_over])
@@ -217,11 +218,13 @@ def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | Non
 
 def _let_go(second: "subprocess.Popen[bytes]", file: Path, watch: "Watchdog") -> None:
     """Its guard's turn is over. It lets what it serves end, for as long as there is a folder, once the next one serves, or no
-    guard is left to start that: connections that wait to be let in have somebody who does so."""
+    guard is left to start that: connections that wait to be let in have somebody who does so. Until then it may hang."""
     while second.poll() is None and file.exists():
         next_guard = _noted(file.parent / "guard.pid")
         if watch.answering() not in (None, second.pid) or not Path(f"/proc/{next_guard}").exists():
             second.send_signal(signal.SIGUSR1)
+        elif watch.hangs(second.pid):
+            break
         time.sleep(GUARD_POLL_S)
     second.kill()
 
