@@ -118,6 +118,7 @@ def test_who_is_preempted_goes_on_with_its_adapter(adapted: Adapted, slots: int)
         assert llm.stats().preemptions > 0
 
 
+@pytest.mark.few(1)
 def test_nobody_waits_for_a_place_whose_holder_waits_for_its_blocks(adapted: Adapted) -> None:
     """The second goes first in the order of service, so the first gets none of its blocks; and the first has the only place."""
     first, second = list(range(20)), list(range(100))
@@ -130,6 +131,7 @@ def test_nobody_waits_for_a_place_whose_holder_waits_for_its_blocks(adapted: Ada
         adapted.require([[output for _, output in under_way][-1]], ["all"], [first], 100)
 
 
+@pytest.mark.few(1)
 def test_one_is_loaded_replaced_and_unloaded_while_prompts_run(adapted: Adapted, opened: LLM) -> None:
     """Those under way have what had the name when they came; nothing of it is found by those who come afterwards."""
     prompt = list(range(40))
@@ -156,6 +158,7 @@ def test_one_is_loaded_replaced_and_unloaded_while_prompts_run(adapted: Adapted,
         opened.unload_lora("changing")
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_whose_files_are_not_what_they_were_fails_its_requests_and_no_others(
     size: int, adapted: Adapted, tmp_path: Path, caplog: pytest.LogCaptureFixture
