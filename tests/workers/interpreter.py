@@ -1,6 +1,6 @@
-"""Triton's interpreter, three times as quick: it patches the language anew at every call of a device function, 2 ms each time;
-computes for every sum of integers whether it overflows, for an assert that it then leaves out; and makes the type of every
-result anew. And it rounds to FP8 as devices do: its own conversion loses what is carried into the exponent, and NaN.
+"""Triton's interpreter, more than twice as quick: it patches the language anew at every call of a device function, 2 ms each
+time; computes for every sum of integers whether it overflows, for an assert that it then leaves out; and makes the type of
+every result anew. And it rounds to FP8 as devices do: its own conversion loses what is carried into the exponent, and NaN.
 """
 
 import dataclasses
