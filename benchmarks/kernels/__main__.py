@@ -1,3 +1,5 @@
+"""`python -m benchmarks.kernels`: see `compare`."""
+
 from benchmarks.kernels.compare import main
 
 if __name__ == "__main__":
