@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: see `compare`."""
+"""What Manta does on a GPU, work by work."""
 
 from benchmarks.gpu.compare import main
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.kernels`: see `compare`."""
+"""GPU kernels against their limits."""
 
 from benchmarks.kernels.compare import main
 
