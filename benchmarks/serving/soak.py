@@ -104,6 +104,7 @@ class Soak:
         if self.striking is not None:
             self.striking.settle()
         end, late = self.endpoint.idle_blocks(), self.endpoint.processes()
+        warm = warm or late  # it was interrupted before
         faults = [f"{len(self.failed)} requests failed, the first: {self.failed[0]}"] if self.failed else []
         if sum(end.values()) != sum(start.values()):
             faults.append(f"blocks at the start {start}, at the end {end}")
