@@ -116,7 +116,9 @@ class Endpoint:
         return status["now"][status["columns"].index(column)]
 
     def ready(self) -> bool:
-        return self.http.get("/ready").status_code == 200
+        with contextlib.suppress(httpx.TransportError):  # at first nobody listens
+            return self.http.get("/ready").status_code == 200
+        return False
 
     def complete(self, prompt: str = PROMPTS[0], max_tokens: int = 8) -> httpx.Response:
         return self.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "max_tokens": max_tokens})
