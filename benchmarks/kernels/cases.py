@@ -17,6 +17,7 @@ from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS, Tiling
+from workers.kernels.reduced import Reduced
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.embed import embed_norm
 from workers.kernels.rows.norm import add_rms_norm, rms_norm
@@ -136,6 +137,25 @@ SHAPES = (
 )
 
 
+def multiply(
+    product: Product, x: Tensor, weight: Tensor | Reduced, norm: Tensor, out: Tensor, pdl: bool = False,
+    config: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """Our own, as a step launches it. out: the residual, or where the result goes."""
+    return matvec(
+        x, weight, norm_weight=norm if product.norm else None, eps=EPS, residual=out if product.residual else None,
+        swiglu=product.swiglu, out=None if product.residual else out, pdl=pdl, counters=COUNTERS, config=config,
+    )  # fmt: skip
+
+
+def finished(product: Product, y: Tensor, out: Tensor) -> Tensor:
+    """What becomes of the plain product y in float64; `out` as it was before."""
+    if product.swiglu:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y + out.double() if product.residual else y
+
+
 @dataclass(slots=True)
 class Operands:
     """Random operands of a product. `run` is ours, `torch` what PyTorch takes for the same."""
@@ -155,12 +175,7 @@ class Operands:
         self.out = normal(self.tokens, p.n) if p.residual else poisoned(self.tokens, p.n)
 
     def run(self, pdl: bool = False, config: Tiling | None = None) -> Tensor:
-        p = self.product
-        return matvec(
-            self.x, self.weight, norm_weight=self.norm if p.norm else None, eps=EPS,
-            residual=self.out if p.residual else None, swiglu=p.swiglu, out=None if p.residual else self.out, pdl=pdl,
-            counters=COUNTERS, config=config,
-        )  # fmt: skip
+        return multiply(self.product, self.x, self.weight, self.norm, self.out, pdl, config)
 
     def torch(self) -> Tensor:
         p = self.product
@@ -183,11 +198,7 @@ class Operands:
     def exact(self) -> Tensor:
         p = self.product
         x = exact_norm(self.x, self.norm) if p.norm else self.x.double()
-        y = torch.cat([x @ part.double().T for part in self.weight.chunk(-(-p.rows // 16384))], 1)
-        if p.swiglu:
-            gate, up = y.chunk(2, -1)
-            y = F.silu(gate) * up
-        return y + self.out.double() if p.residual else y
+        return finished(p, torch.cat([x @ part.double().T for part in self.weight.chunk(-(-p.rows // 16384))], 1), self.out)
 
     def error(self, pdl: bool = False, config: Tiling | None = None) -> float:
         exact = self.exact()

@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import COUNTERS, DTYPE, SHAPES, Case, Operands, Product, all_cases
+from benchmarks.kernels.cases import DTYPE, SHAPES, Case, Operands, Product, all_cases, multiply
 from benchmarks.kernels.experts import expert_cases
 from benchmarks.kernels.lora import lora_cases
 from benchmarks.kernels.measuring import BEYOND_L2_BYTES, COMPILERS, MAX_SETS, ceilings, graph_us
 from benchmarks.kernels.reduced import reduced_cases
 from benchmarks.shared.report import table
-from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS
 
 Row = dict[str, str | float]
@@ -79,11 +78,7 @@ def _compile(task: Task) -> str:
     product, tokens, pdl = task
     x, weight, norm, out = _empty(product)
     try:
-        matvec(
-            x[:tokens], weight, norm_weight=norm if product.norm else None, eps=1e-6, swiglu=product.swiglu, pdl=pdl,
-            residual=out[:tokens] if product.residual else None, out=None if product.residual else out[:tokens],
-            counters=COUNTERS,
-        )  # fmt: skip
+        multiply(product, x[:tokens], weight, norm, out[:tokens], pdl)
         torch.cuda.synchronize()
     except Exception as failure:
         return f"{product.name} {product.n}x{product.k}, {tokens} tokens: {type(failure).__name__} {failure}"[:300]

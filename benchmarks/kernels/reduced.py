@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.cases import (
-    COUNTERS,
     DEVICE,
     DTYPE,
     EPS,
@@ -25,13 +24,14 @@ from benchmarks.kernels.cases import (
     Runs,
     Shape,
     exact_norm,
+    finished,
     frobenius,
+    multiply,
     normal,
     poisoned,
 )
 from workers.kernels.products.many import product as many_tokens
 from workers.kernels.products.many import rounds
-from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS, choose
 from workers.kernels.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.rows.norm import rms_norm, rounded_norm
@@ -92,10 +92,7 @@ def _problem(p: Product, form: str, tokens: int) -> Problem:
     out = normal(tokens, p.n) if p.residual else poisoned(tokens, p.n)
 
     def ours(operand: Reduced | Tensor = weight, pdl: bool = False) -> Tensor:
-        return matvec(
-            x, operand, norm_weight=norm if p.norm else None, eps=EPS, residual=out if p.residual else None, swiglu=p.swiglu,
-            out=None if p.residual else out, pdl=pdl, counters=COUNTERS,
-        )  # fmt: skip
+        return multiply(p, x, operand, norm, out, pdl)
 
     def library() -> Tensor:
         return many_tokens(rms_norm(x, norm, EPS) if p.norm else x, weight)
@@ -107,11 +104,7 @@ def _problem(p: Product, form: str, tokens: int) -> Problem:
         return (exact_norm(x, norm) if p.norm else x.double()) @ plain.double().T
 
     def error() -> float:
-        y = exact()
-        if p.swiglu:
-            gate, up = y.chunk(2, -1)
-            y = F.silu(gate) * up
-        expected = y + out.double() if p.residual else y  # of the residual as it was
+        expected = finished(p, exact(), out)  # of the residual as it was
         return frobenius(ours(), expected)
 
     runs: Runs = {OURS: ours, OURS_PDL: partial(ours, pdl=True), "plain": partial(ours, plain), "as of many tokens": library}

@@ -25,7 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import COUNTERS, DTYPE, EPS, SHAPES, Operands, Product, exact_norm, frobenius, normal, poisoned
+from benchmarks.kernels.cases import (
+    DTYPE,
+    EPS,
+    SHAPES,
+    Operands,
+    Product,
+    exact_norm,
+    finished,
+    frobenius,
+    multiply,
+    normal,
+    poisoned,
+)
 from benchmarks.kernels.experts import FEWER, MixtureProblem, MixtureShape
 from benchmarks.kernels.experts import SHAPES as MIXTURES
 from benchmarks.kernels.measuring import BEYOND_L2_BYTES, COMPILERS, MAX_SETS, ceilings, graph_us
@@ -35,7 +47,6 @@ from workers.kernels.experts.grouped import GroupedTiling, choose_tiling, down, 
 from workers.kernels.experts.route import route
 from workers.kernels.experts.stacked import operand
 from workers.kernels.experts.stream import StreamTiling, choose_streaming, few_down, few_up
-from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling, choose
 
 Config: TypeAlias = Tiling | GroupedTiling | StreamTiling
@@ -153,20 +164,12 @@ class _FourBits:
 
     def run(self, config: Config, pdl: bool) -> Tensor:
         assert isinstance(config, Tiling)
-        p = self._product
-        return matvec(
-            self._x, self._weight, norm_weight=self._norm if p.norm else None, eps=EPS, swiglu=p.swiglu, pdl=pdl,
-            residual=self._out if p.residual else None, out=None if p.residual else self._out, counters=COUNTERS, config=config,
-        )  # fmt: skip
+        return multiply(self._product, self._x, self._weight, self._norm, self._out, pdl, config)
 
     def error(self, config: Config) -> float:
         p = self._product
         x = exact_norm(self._x, self._norm) if p.norm else self._x.double()
-        y = x @ self._weight.numbers(torch.float64).T
-        if p.swiglu:
-            gate, up = y.chunk(2, -1)
-            y = F.silu(gate) * up
-        expected = y + self._out.double() if p.residual else y
+        expected = finished(p, x @ self._weight.numbers(torch.float64).T, self._out)
         return frobenius(self.run(config, False), expected)
 
     def chosen(self) -> Config | None:
