@@ -96,11 +96,12 @@ class Completions(Endpoint[CompletionRequest]):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+        terms = reading.terms(request, caller, self._config)
         contents = reading.contents(request.prompt, "prompt")
         reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
         if request.echo and self._service.model.tokenizer is None:
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
-        return Asked(contents, params, reading.terms(request, caller, self._config), None, field)
+        return Asked(contents, params, terms, None, field)
 
     def _check_best_of(self, best_of: int, request: CompletionRequest) -> None:
         reading.at_most("best_of", best_of, self._config.max_choices, "max_choices")
