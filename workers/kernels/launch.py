@@ -31,17 +31,6 @@ def enter_last(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-@triton.jit
-def fetch_rows(base, rows, row_stride, COLUMNS: tl.constexpr):
-    """Asks for the first COLUMNS numbers of `rows` to be brought into the L2 cache, without waiting for them."""
-    line: tl.constexpr = 128 * 8 // base.dtype.element_ty.primitive_bitwidth
-    count: tl.constexpr = (COLUMNS + line - 1) // line
-    lines = tl.arange(0, triton.next_power_of_2(count)) % count
-    at = base + rows.to(tl.int64)[:, None] * row_stride + lines[None, :] * line
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
-
-
 def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
