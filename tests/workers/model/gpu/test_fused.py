@@ -96,6 +96,8 @@ FEW: dict[str, dict[str, Any]] = {
 def test_steps_of_few_tokens_choose_whose_product_each_is(
     family: str, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if whose == "tiles" and DEVICE.type == "cuda":
+        pytest.skip("tensor cores round float32; of 16 bits: tests/gpu/test_graphs_equal_eager.py")
     if whose != "ours":
         tiling = Tiling(16, 16, 4, 2, 1, tokens=16) if whose == "tiles" else None  # which leave norms to one another
         monkeypatch.setattr("workers.model.gpu.fused.choose", lambda *_: tiling)
