@@ -1,8 +1,9 @@
 """What all kernels share: programmatic dependent launch, and how many warps a row takes.
 
 With `pdl`, a kernel may start while the one before it on the stream still runs. It then does what depends on nothing (address
-arithmetic, fetching weights), waits, and only after that reads what others wrote or writes anything. All kernels of a chain
-wait, so that whatever ran two kernels ago has ended as well.
+arithmetic, weights into registers), waits, and only after that reads what others of its chain wrote or writes anything. All
+kernels of a chain wait, so that whatever ran two kernels ago has ended as well. When a kernel lets the next one start is a
+matter of speed alone: at once where it leaves room beside itself, else when its sums are done.
 
 Imports triton. Runs on CUDA, or on the CPU under Triton's interpreter, where `pdl` changes nothing.
 """
