@@ -294,7 +294,7 @@ def test_a_group_that_has_served_another_scheduler_says_what_stands_in_its_pool(
     (start,) = read(leader, Commands).commands
     assert start.cached_tokens == 3 * BLOCK
     assert np.frombuffer(start.blocks, np.int32).tolist()[:3] == blocks
-    served.ask(lambda core: None)  # what came after the last part is done
+    served.ask(lambda _: None)  # what came after the last part is done
     del part, told
     lists = [each for each in gc.get_objects() if isinstance(each, list) and each and isinstance(each[0], Inventory)]
     assert not lists, "the tokens of a whole pool are kept for as long as the group is connected"
@@ -348,7 +348,7 @@ def test_nothing_is_kept_of_connections_that_were_cut(served: Served) -> None:
             reset(leader)
             reset(front_end)
             wait(lambda core: not (core.groups or served.server._front_ends))
-        served.ask(lambda core: None)  # the tasks that served them have ended
+        served.ask(lambda _: None)  # the tasks that served them have ended
         assert kept() <= before
     finally:
         gc.enable()
