@@ -249,7 +249,8 @@ def _launch(
         x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
         TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated,
         IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, ADDED=added is not None, KIND=w.kind,
-        GROUP=w.group, SPAN=w.span, FOURS=fours, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        GROUP=w.group, SPAN=w.span, FOURS=fours, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """A mixture of experts as a GPU runs it: router's product, choice and sort, gate/up, down, and the sum of a token's experts.
 
-Six launches a layer, three at few tokens, and those of a shared expert; in steps with adapters two more for each product. Driven
-by device tensors alone, so steps with experts are captured as all others are. Imports torch, the kernels, and the weights' holders.
+Six launches a layer, three at few tokens, and those of a shared expert; in steps with adapters two more for each product.
+Driven by device tensors alone, so steps with experts are captured as all others are. Imports torch, the kernels, and the
+weights' holders.
 """
 
 import torch
