@@ -96,7 +96,7 @@ ALONE, BY_WIDTH, BY_EXPERT = {"size": 1}, {"size": 2}, {"size": 2, "enable_exper
 )  # fmt: skip
 def test_experts_one_by_one_and_in_stacks(family: str, settings: Iterable[dict[str, Any]], tmp_path: Path) -> None:
     """gpt-oss has experts in stacks alone, and biases."""
-    options = {"mlp_only_layers": [0], "num_hidden_layers": 3} if family == "qwen3_moe" else {}
+    options: dict[str, Any] = {"mlp_only_layers": [0], "num_hidden_layers": 3} if family == "qwen3_moe" else {}
     base = make(family, tmp_path / "base", **options)
     folders = {
         "one by one": make_adapter(tmp_path / "one", base, targets=OF_EXPERTS),
