@@ -91,11 +91,11 @@ def _dense(x, acts, weight, bias, shares, added, slots, out, pairs, tiles, count
         biases = bias + expert.to(tl.int64) * (HALVES * N)
         if ADDED:
             place = _near(first, places, SIZE)
-            adapted = (tl.load(slots + tl.load(pairs + place) // TOP) >= 0)[:, None]
-            more = added + place.to(tl.int64)[:, None] * (HALVES * N)
-            sums += tl.load(more + one[None, :], mask=adapted, other=0.0).to(tl.float32)
+            adapted = (tl.load(slots + tl.load(pairs + place) // TOP) >= 0)[:, None] & (row < N)[None, :]
+            more = added + place.to(tl.int64)[:, None] * (HALVES * N) + row[None, :]
+            sums += tl.load(more, mask=adapted, other=0.0).to(tl.float32)
             if GATED:
-                ups += tl.load(more + other[None, :], mask=adapted, other=0.0).to(tl.float32)
+                ups += tl.load(more + N, mask=adapted, other=0.0).to(tl.float32)
         if BIAS:
             sums += tl.load(biases + one).to(tl.float32)[None, :]
         if GATED:

@@ -165,13 +165,13 @@ def _product(x, weight, bias, shares, added, slots, out, pairs, tiles, count, sc
                 ups = _added(ups, beside, a, scales, others, start, K, GROUP, LATER, PRECISION)
 
     if ADDED:
-        adapted = (there & (tl.load(slots + pair // TOP, mask=there, other=-1) >= 0))[None, :]
-        more = added + place.to(tl.int64)[None, :] * (HALVES * N)
+        adapted = (tl.load(slots + pair // TOP, mask=there, other=-1) >= 0)[None, :] & (row < N)[:, None]
+        more = added + place.to(tl.int64)[None, :] * (HALVES * N) + row[:, None]
     total = sums
     if KIND == "fp8" and GROUP == 0:
         total *= tl.load(scales + rows).to(tl.float32)[:, None]
     if ADDED:
-        total += tl.load(more + one[:, None], mask=adapted, other=0.0).to(tl.float32)
+        total += tl.load(more, mask=adapted, other=0.0).to(tl.float32)
     if BIAS:
         total += tl.load(bias + rows).to(tl.float32)[:, None]
     if GATED:
@@ -179,7 +179,7 @@ def _product(x, weight, bias, shares, added, slots, out, pairs, tiles, count, sc
         if KIND == "fp8" and GROUP == 0:
             up *= tl.load(scales + others).to(tl.float32)[:, None]
         if ADDED:
-            up += tl.load(more + other[:, None], mask=adapted, other=0.0).to(tl.float32)
+            up += tl.load(more + N, mask=adapted, other=0.0).to(tl.float32)
         if BIAS:
             up += tl.load(bias + others).to(tl.float32)[:, None]
         total = activated(total, up, alpha, limit, CLAMPED)

@@ -72,38 +72,44 @@ def _shrink(x, a, low, slots, pairs, tiles, count, total, x_stride, K: tl.conste
 
 
 @triton.jit(do_not_specialize=["total"])
-def _expand(low, b, added, slots, pairs, tiles, count, total, OUT: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
-            TOP: tl.constexpr, EXPERTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """A program: WIDTH numbers of one part of the product, of which each has OUT, for all adapters of a tile."""
+def _expand(low, b, added, slots, pairs, tiles, count, total, OUT: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr,
+            RANK: tl.constexpr, IN_TURNS: tl.constexpr, TOP: tl.constexpr, EXPERTS: tl.constexpr, SIZE: tl.constexpr,
+            WIDTH: tl.constexpr, SHARES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A program: WIDTH numbers of one part of the product, of which each has OUT, for all adapters of a tile. N: of `low`; with
+    IN_TURNS both parts have the same."""
     if tl.program_id(0) >= tl.load(count):
         return
     expert, _, place, slot = _tile(slots, pairs, tiles + tl.program_id(0) * WORDS_OF_TILE, TOP, SIZE)
     blocks: tl.constexpr = (OUT + WIDTH - 1) // WIDTH
     part, inside = tl.program_id(1) // blocks, tl.program_id(1) % blocks * WIDTH + tl.arange(0, WIDTH)
-    n, r = part * OUT + inside, tl.arange(0, RANK)
+    row, r = 2 * inside + part if IN_TURNS else part * OUT + inside, tl.arange(0, RANK)
+    column = r if IN_TURNS else part * RANK + r
     sums = tl.zeros([WIDTH, SIZE], tl.float32)
     own = _following(slot, -1)
     while own < NOBODY:
         mine = (slot == own)[None, :]
         of_part = tl.zeros([RANK, SIZE], tl.float32)
         for share in range(SHARES):
-            at = low + (tl.full([1], share, tl.int64) * total + place)[None, :] * (PARTS * RANK) + (part * RANK + r)[:, None]
+            at = low + (tl.full([1], share, tl.int64) * total + place)[None, :] * N + column[:, None]
             of_part += tl.load(at, mask=mine, other=0.0)
-        at = b + ((own.to(tl.int64) * EXPERTS + expert) * (PARTS * OUT) + n)[:, None] * RANK + r[None, :]
+        at = b + ((own.to(tl.int64) * EXPERTS + expert) * (PARTS * OUT) + row)[:, None] * RANK + r[None, :]
         weight = tl.load(at, mask=(inside < OUT)[:, None], other=0.0)
         sums = tl.dot(weight, of_part.to(weight.dtype), sums, input_precision=PRECISION)
         own = _following(slot, own)
     mask = (slot >= 0)[None, :] & (inside < OUT)[:, None]
-    tl.store(added + place[None, :] * (PARTS * OUT) + n[:, None], sums.to(added.dtype.element_ty), mask=mask)
+    to = added + place[None, :] * (PARTS * OUT) + (part * OUT + inside)[:, None]
+    tl.store(to, sums.to(added.dtype.element_ty), mask=mask)
 
 
-def low_rank(x: Tensor, weights: LoraWeights, routing: Routing, slots: Tensor, *, by_token: bool) -> Added:
+def low_rank(
+    x: Tensor, weights: LoraWeights, routing: Routing, slots: Tensor, *, by_token: bool, in_turns: bool = False
+) -> Added:  # fmt: skip
     """What each pair's product gets from its token's adapter. x: [tokens, in], or without by_token [pairs, in] in the order of
-    `routing.pairs`. weights: of the experts that are held. slots [tokens] int32, each token's; negative: it has no adapter. No
-    wait on the host."""
+    `routing.pairs`. weights: of the experts that are held; in_turns: its rows are gate, up, gate, ..., of one part. slots
+    [tokens] int32, each token's; negative: it has no adapter. No wait on the host."""
     pairs, size, (count, experts, low_width, width) = len(routing.pairs), routing.size, weights.a.shape
-    parts, (out, *_) = len(weights.rows), weights.rows
+    parts = 2 if in_turns else len(weights.rows)
+    out = sum(weights.rows) // parts
     few = size <= FEW_PAIRS
     shares, turns = (min(MOST_SHARES, max(1, width // LONGEST_SHARE)), min(MOST_TURNS, count)) if few else (1, 1)
     low = torch.empty(shares, pairs, low_width, dtype=torch.float32, device=x.device)
@@ -118,6 +124,6 @@ def low_rank(x: Tensor, weights: LoraWeights, routing: Routing, slots: Tensor, *
         )  # fmt: skip
         _expand[(tiles, parts * triton.cdiv(out, WIDTH))](
             low, weights.b, added, slots, routing.pairs, routing.tiles, routing.count, pairs, OUT=out, PARTS=parts,
-            RANK=weights.rank, WIDTH=WIDTH, **flags,
+            N=low_width, RANK=weights.rank, IN_TURNS=in_turns, WIDTH=WIDTH, **flags,
         )  # fmt: skip
     return Added(added, slots)

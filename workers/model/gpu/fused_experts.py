@@ -61,9 +61,9 @@ class FusedMixture:
         )
         act = gate_up(
             normed, experts.gate_up, routing, bias=experts.gate_up_bias, in_turns=experts.in_turns, clamp=self._clamp,
-            added=self._added(0, normed, routing, adapters), pdl=pdl,
+            added=self._added(normed, routing, adapters), pdl=pdl,
         )  # fmt: skip
-        added = self._added(1, act, routing, adapters)
+        added = self._added(act, routing, adapters, down=True)
         parts = down(act, experts.down, routing, bias=experts.down_bias, added=added, pdl=pdl)
         shared = None
         if mixture.shared is not None:
@@ -72,10 +72,13 @@ class FusedMixture:
             parts, routing, held=shape.experts, first_held=shape.expert_start, shared=shared, residual=residual, pdl=pdl
         )
 
-    def _added(self, product: int, x: Tensor, routing: Routing, adapters: DeviceRows | None) -> Added | None:
+    def _added(self, x: Tensor, routing: Routing, adapters: DeviceRows | None, down: bool = False) -> Added | None:
         """What adapters add to the experts' first product, of tokens, or to their second, of pairs."""
-        lora = self._mixture.experts.lora
-        return adapters.of_pairs(lora[product], x, routing, by_token=product == 0) if adapters and lora else None
+        experts = self._mixture.experts
+        if adapters is None or experts.lora is None:
+            return None
+        in_turns = experts.in_turns and not down
+        return adapters.of_pairs(experts.lora[down], x, routing, by_token=not down, in_turns=in_turns)
 
     def _add_few(self, hidden: Tensor, norm_weight: Tensor, eps: float, live: Tensor | None, pdl: bool) -> None:
         mixture, experts = self._mixture, self._mixture.experts

@@ -65,7 +65,7 @@ def _require_exact(
 
     act = gate_up(
         x, weights.gate_up[held].contiguous(), routing, bias=of_rank(weights.gate_up_bias), in_turns=turns, clamp=weights.clamp,
-        added=low_rank(x, lora(ups), routing, of_tokens, by_token=True), tiling=tiling,
+        added=low_rank(x, lora(ups), routing, of_tokens, by_token=True, in_turns=turns), tiling=tiling,
     )  # fmt: skip
     added = low_rank(act, lora(downs), routing, of_tokens, by_token=False)
     parts = down(
