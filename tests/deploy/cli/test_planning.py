@@ -175,7 +175,7 @@ def test_room_for_adapters_of_experts_is_counted(tmp_path: Path) -> None:
     """In numbers for each rank of an adapter, A and B of each layer."""
     path = make("qwen2_moe", tmp_path, num_hidden_layers=1)
 
-    def room(size: int, **how: bool) -> float:
+    def room(size: int, **how: Any) -> float:
         taken = footprint(read_model(path, ReadingConfig(**how)), size, torch.float32, 16, adapters=(2, 16))
         return taken.adapter_bytes / (2 * 16 * torch.float32.itemsize)
 
