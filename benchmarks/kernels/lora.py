@@ -1,4 +1,4 @@
-"""A decode layer's products beside LoRA adapters: alone, with what adapters add, and as one chain.
+"""A decode layer's products beside LoRA adapters: alone, with what adapters add, and as one chain; and those of its experts.
 
 May import `workers`.
 """
@@ -25,8 +25,15 @@ from benchmarks.kernels.cases import (
     frobenius,
     normal,
 )
+from benchmarks.kernels.experts import SHAPES as MIXTURES
+from benchmarks.kernels.experts import MixtureProblem, MixtureShape
+from workers.kernels.experts.grouped import add_up, down, gate_up
+from workers.kernels.experts.route import route
+from workers.kernels.experts.stacked import Weight
+from workers.kernels.lora.experts import low_rank
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
+from workers.kernels.lora.weights import LoraWeights
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.tilings import MAX_TOKENS, choose
 from workers.kernels.rows.activation import silu_mul
@@ -145,6 +152,63 @@ class AdaptedLayer:
         down.ours(gate_up.ours(normed), norm=qkv.plain.norm)
 
 
+class AdaptedMixture(MixtureProblem):
+    """A layer's experts from scores to sum, all of them adapted. `ours` of its base: as a step without adapters has them."""
+
+    def __init__(self, shape: MixtureShape, mix: Mix) -> None:
+        super().__init__(shape, mix.tokens)
+        self.slots = mix.slots
+        self.ups = _beside(shape, mix, shape.hidden, (shape.intermediate, shape.intermediate))
+        self.downs = _beside(shape, mix, shape.intermediate, (shape.hidden,))
+
+    def adapted(self) -> Tensor:
+        assert isinstance(self.gate_up, Tensor)
+        routing = route(self.scores, self.load, self.rule, held=self.shape.experts, size=self.size)
+        added = low_rank(self.x, self.ups, routing, self.slots, by_token=True)
+        act = gate_up(self.x, self.gate_up, routing, added=added)
+        added = low_rank(act, self.downs, routing, self.slots, by_token=False)
+        return add_up(down(act, self.down, routing, added=added), routing, held=self.shape.experts)
+
+    def error_of_adapted(self) -> float:
+        """Of up to eight tokens, of which each is one with its adapter in the weights."""
+        got, exact, (weights, chosen) = self.adapted()[:8], [], self.chosen()
+        for token, (slot, x) in enumerate(zip(self.slots.tolist()[:8], self.x.double(), strict=False)):
+            parts = []
+            for expert, weight in zip(chosen[token].tolist(), weights[token].double(), strict=True):
+                gate, up = (_numbers_of(self.gate_up, self.ups, slot, expert) @ x).chunk(2)
+                parts.append(weight * (_numbers_of(self.down, self.downs, slot, expert) @ (F.silu(gate) * up)))
+            exact.append(torch.stack(parts).sum(0))
+        return frobenius(got, torch.stack(exact))
+
+
+def _beside(shape: MixtureShape, mix: Mix, columns: int, rows: tuple[int, ...]) -> LoraWeights:
+    lora = LoraWeights.empty(SLOTS, mix.rank, columns, rows, torch.bfloat16, torch.device(DEVICE), shape.experts)
+    for weight in (lora.a, lora.b):
+        weight.normal_(std=weight.shape[-1] ** -0.5)
+    return lora
+
+
+def _numbers_of(weight: Weight, lora: LoraWeights, slot: int, expert: int) -> Tensor:
+    """An expert's matrix with one adapter in it."""
+    assert isinstance(weight, Tensor)
+    parts = [lora.of(expert).part(number, slot) for number in range(len(lora.rows))]
+    return weight[expert].double() + torch.cat([b.double() @ a.double() for a, b in parts])
+
+
+def mixture_case(shape: MixtureShape, mix: Mix) -> Case:
+    """Bytes: of the experts that have tokens, and of as many adapters of each as it has on average."""
+
+    def make() -> Problem:
+        problem = AdaptedMixture(shape, mix)
+        return Problem({OURS: problem.adapted, NONE: problem.ours}, problem.error_of_adapted)
+
+    each = min(mix.adapters, mix.tokens)
+    there = each * shape.chosen(mix.tokens // each)
+    low = mix.rank * (3 * shape.hidden + 3 * shape.intermediate)
+    numbers = shape.chosen(mix.tokens) * 3 * shape.hidden * shape.intermediate + there * low
+    return Case(f"lora experts {shape.name} {mix.name}", make, 2 * numbers)
+
+
 def product_case(shape: Shape, product: Product, mix: Mix) -> Case:
     def make() -> Problem:
         adapted = Adapted(shape, product, mix)
@@ -170,3 +234,6 @@ def lora_cases() -> Iterator[Case]:
                 yield product_case(shape, product, mix)
             if mix.tokens <= MAX_TOKENS:
                 yield layer_case(shape, mix)
+    for mixture in MIXTURES[:2]:
+        for mix in (Mix(1, 1), Mix(8, 8), Mix(32, 1, 64), Mix(32, 8), Mix(256, 8), Mix(4096, 2)):
+            yield mixture_case(mixture, mix)

@@ -1,5 +1,5 @@
-"""Rows of several LoRA adapters and of none: graphs say what single launches say, and each what transformers says of weights
-into which its adapter was merged."""
+"""Rows of several LoRA adapters, also of experts, and of none: graphs say what single launches say, and each what transformers
+says of weights into which its adapter was merged."""
 
 import contextlib
 from dataclasses import replace
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models.zoo import make
 from scheduler.protocol.messages import Adapter
 from scheduler.protocol.sampling import SamplingParams
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS
 from tests.gpu.judge import Judge
-from tests.gpu.works import GPU, checkpoint, constrained, loop
-from tests.shared.adapters import make_adapter, merge
+from tests.gpu.works import GPU, SHAPE, VOCAB, checkpoint, constrained, loop
+from tests.shared.adapters import make_adapter, make_stacked, merge
+from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.stepping import Work
 from workers.execution.gpu.runner import GpuRunner
 from workers.model.config.architectures import read_config
@@ -26,14 +28,17 @@ RANKS = {"low": 4, "high": 64, "odd": 23}
 Judges = dict[str | None, tuple[Judge, Adapter | None]]
 
 
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory: pytest.TempPathFactory) -> Judges:
+@pytest.fixture(scope="module", params=["qwen3", "qwen2_moe", "gpt_oss"])
+def judges(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Judges:
     """Of the checkpoint alone (None), and of each adapter."""
-    root = tmp_path_factory.mktemp("lora")
-    base = checkpoint(root / "base")
+    root, made = tmp_path_factory.mktemp("lora"), make_stacked if request.param == "gpt_oss" else make_adapter
+    if request.param == "qwen3":
+        base = checkpoint(root / "base")
+    else:
+        base = save(byte_level(), make(request.param, root / "base", vocab_size=VOCAB, eos_token_id=EOS, **SHAPE))
     found: Judges = {None: (Judge(base), None)}
     for seed, (name, rank) in enumerate(RANKS.items(), start=1):
-        folder = make_adapter(root / name, base, rank=rank, seed=seed)
+        folder = made(root / name, base, rank=rank, seed=seed)
         adapter = read_adapter(name, folder, read_config(base), 64).adapter
         found[name] = Judge(merge(root / f"{name}-merged", base, folder)), adapter
     return found

@@ -171,6 +171,21 @@ def test_room_for_adapters_is_counted(tmp_path: Path) -> None:
     assert abs(room() - room(max_loras=8, max_lora_rank=128) - fewer) < 1
 
 
+def test_room_for_adapters_of_experts_is_counted(tmp_path: Path) -> None:
+    """In numbers for each rank of an adapter, A and B of each layer."""
+    path = make("qwen2_moe", tmp_path, num_hidden_layers=1)
+
+    def room(size: int, **how: Any) -> float:
+        taken = footprint(read_model(path, ReadingConfig(**how)), size, torch.float32, 16, adapters=(2, 16))
+        return taken.adapter_bytes / (2 * 16 * torch.float32.itemsize)
+
+    hidden, width, router, whole = 64, 48, 2 * 64 + 6 + 1, 3 * 64 + (64 + 2 * 32) + 64 + 64
+    expert, half = 3 * hidden + 3 * width, 3 * hidden + 3 * width // 2  # the shared one is as large, and always halved
+    assert room(1) == whole + router + expert + 6 * expert
+    assert room(2) == whole - 64 - 32 + router + half + 6 * half
+    assert room(2, enable_expert_parallel=True) == whole - 64 - 32 + router + half + 3 * expert
+
+
 def test_adapters_of_a_model_that_can_have_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="LoRA adapters need Manta's own layers"):
         plan_lines(EngineConfig(model=str(make("gemma2", tmp_path)), max_loras=2), None)

@@ -1,9 +1,10 @@
 """LoRA adapters: each gives the greedy tokens of transformers on weights into which it has been merged, whatever else runs."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.content import PromptError
 from tests.end_to_end.engines import QWEN2, QWEN3, greedy, open_llm
 from tests.end_to_end.reference import Reference
-from tests.shared.adapters import make_adapter, merge
+from tests.shared.adapters import OF_EXPERTS, make_adapter, make_stacked, merge
 from tests.shared.checkpoints import make_checkpoint
 
 TOKENS = 10
@@ -85,16 +86,31 @@ def test_several_adapters_and_none_in_one_batch(adapted: Adapted, size: int, slo
     assert len(told) == 4, "adapters that change nothing would show nothing"
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_attention_beside_experts(size: int, tmp_path: Path) -> None:
-    """Of gpt-oss, whose projections have biases."""
-    base = make("gpt_oss", tmp_path / "base")
-    folder = make_adapter(tmp_path / "a", base, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-    references: dict[str | None, Reference] = {None: Reference(base), "a": Reference(merge(tmp_path / "merged", base, folder))}
-    adapted, names = Adapted(base, {"a": folder}, references), [None, "a", "a", None]
-    with open_adapted(adapted, size=size, max_loras=1) as llm:
-        adapted.require(ask(llm, PROMPTS[:4], names), names, PROMPTS[:4])
-    assert references[None].greedy(PROMPTS[0], TOKENS) != references["a"].greedy(PROMPTS[0], TOKENS)
+ALONE, BY_WIDTH, BY_EXPERT = {"size": 1}, {"size": 2}, {"size": 2, "enable_expert_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen3_moe", (BY_WIDTH, BY_EXPERT)), ("qwen2_moe", (ALONE, BY_EXPERT)), ("mixtral", (ALONE, BY_WIDTH)),
+     ("gpt_oss", (BY_WIDTH, BY_EXPERT))],
+)  # fmt: skip
+def test_experts_one_by_one_and_in_stacks(family: str, settings: Iterable[dict[str, Any]], tmp_path: Path) -> None:
+    """gpt-oss has experts in stacks alone, and biases."""
+    options: dict[str, Any] = {"mlp_only_layers": [0], "num_hidden_layers": 3} if family == "qwen3_moe" else {}
+    base = make(family, tmp_path / "base", **options)
+    folders = {
+        "one by one": make_adapter(tmp_path / "one", base, targets=OF_EXPERTS),
+        "stacked": make_stacked(tmp_path / "stacked", base, rank=3, seed=2),
+        "turned": make_stacked(tmp_path / "turned", base, rank=6, seed=3, turned=True),
+    }
+    references: dict[str | None, Reference] = {None: Reference(base)}
+    for name, folder in folders.items():
+        references[name] = Reference(merge(tmp_path / f"{name}-merged", base, folder))
+    adapted, names = Adapted(base, folders, references), ["one by one", None, "stacked", "turned"]
+    for setting in settings:
+        with open_adapted(adapted, max_loras=3, **setting) as llm:
+            adapted.require(ask(llm, PROMPTS[:4], names), names, PROMPTS[:4])
+    assert len({tuple(reference.greedy(PROMPTS[0], TOKENS)) for reference in references.values()}) == 4, "all show"
 
 
 def test_a_prefix_is_shared_with_the_same_adapter_alone(adapted: Adapted, opened: LLM) -> None:

@@ -18,7 +18,7 @@ from workers.execution.gpu.graphs import chunk_ladder, ladder
 from workers.execution.gpu.runner import Captured, GpuRunner
 from workers.execution.spec import RunnerSpec
 from workers.kernels.ahead import compiling_ahead
-from workers.loop.batch import ResidentBatch
+from workers.loop.batch import NO_ADAPTER, ResidentBatch
 from workers.model.decoders.loading import load_decoder
 from workers.model.decoders.native import Decoder
 from workers.model.gpu.fused import FusedDecoder, PagedDecoder
@@ -137,13 +137,14 @@ class GpuParts:
         return PagedTransformers(self._decoder, pool)
 
     def _run_largest_step(self, runner: GpuRunner) -> None:
-        """A prefill of as many tokens as a step may have, then `most` decodes in the scratch block."""
-        self._run_prefill(runner, self._spec.config.max_num_batched_tokens)
+        """A prefill of as many tokens as a step may have, also with adapters, then `most` decodes in the scratch block."""
+        for slot in (NO_ADAPTER, 0)[: 2 if self._spec.config.lora_slots else 1]:
+            self._run_prefill(runner, self._spec.config.max_num_batched_tokens, slot)
         runner.run_padding(self._most)
 
-    def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
+    def _run_prefill(self, runner: GpuRunner, tokens: int, adapter: int = NO_ADAPTER) -> None:
         """Prompts of so many tokens together, in blocks which nobody has been granted yet: what they hold does not matter, so
-        where there are few, several prompts write to one."""
+        where there are few, several prompts write to one. adapter: the slot of theirs."""
         config = self._spec.config
         max_model_len = self._spec.resolved.max_model_len
         batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, max_model_len)
@@ -155,7 +156,7 @@ class GpuParts:
             blocks = self._spec.layout.blocks_for(length)
             batch.block_table[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
             batch.known[row], batch.granted[row], batch.lease[row] = length, length, row
-            batch.tokens[row] = np.zeros(length, np.int32)
+            batch.tokens[row], batch.adapter[row] = np.zeros(length, np.int32), adapter
             left, block = left - length, block + blocks
         runner.execute(batch, batch.launch(batch.plan())).wait()
 

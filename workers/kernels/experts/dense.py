@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workers.kernels.experts.gating import Clamp, activated
-from workers.kernels.experts.route import WORDS_OF_TILE, Routing
+from workers.kernels.experts.route import WORDS_OF_TILE, Added, Routing
 from workers.kernels.launch import enter
 
 LEAST_PLACES = 128  # of a tile
@@ -51,12 +51,12 @@ def _near(first, places, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha, limit, N: tl.constexpr, K: tl.constexpr,
-           TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-           GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, FLAT: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
+def _dense(x, acts, weight, bias, shares, added, slots, out, pairs, tiles, count, x_stride, alpha, limit, N: tl.constexpr,
+           K: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           STAGES: tl.constexpr, GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
+           ADDED: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: every so manieth tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. A
-    row IN_TURNS, as `weight` describes it, is one of gate and behind it one of up."""
+    row IN_TURNS, as `weight` describes it, is one of gate and behind it one of up. ADDED: as in `grouped`."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     HALVES: tl.constexpr = 2 if GATED else 1
     HEIGHT: tl.constexpr = N if IN_TURNS else HALVES * N
@@ -89,6 +89,13 @@ def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, al
         one = 2 * safe if IN_TURNS else safe
         other = one + 1 if IN_TURNS else one + N
         biases = bias + expert.to(tl.int64) * (HALVES * N)
+        if ADDED:
+            place = _near(first, places, SIZE)
+            adapted = (tl.load(slots + tl.load(pairs + place) // TOP) >= 0)[:, None] & (row < N)[None, :]
+            more = added + place.to(tl.int64)[:, None] * (HALVES * N) + row[None, :]
+            sums += tl.load(more, mask=adapted, other=0.0).to(tl.float32)
+            if GATED:
+                ups += tl.load(more + N, mask=adapted, other=0.0).to(tl.float32)
         if BIAS:
             sums += tl.load(biases + one).to(tl.float32)[None, :]
         if GATED:
@@ -104,8 +111,8 @@ def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, al
 
 
 def dense_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
-    clamp: Clamp | None, pdl: bool, tiling: DenseTiling | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Added | None, out: Tensor, routing: Routing, gated: bool,
+    in_turns: bool, clamp: Clamp | None, pdl: bool, tiling: DenseTiling | None = None,
 ) -> None:  # fmt: skip
     """As `gate_up` or `down` of `grouped` have it, into out [pairs, N]."""
     tiling = tiling or (UP if gated else DOWN)
@@ -118,8 +125,9 @@ def dense_product(
         programs = min(programs, 1 if on_cpu else torch.cuda.get_device_properties(x.device).multi_processor_count)
     alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
     _dense[(programs,)](
-        x, acts, of_weight, weight if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
-        x.stride(0), alpha, limit, N=n, K=k, TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns,
+        x, acts, of_weight, weight if bias is None else bias, routing.weights, out if added is None else added.numbers,
+        routing.pairs if added is None else added.slots, out, routing.pairs, routing.tiles, routing.count, x.stride(0),
+        alpha, limit, N=n, K=k, TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns,
         STAGES=tiling.stages, GATED=gated, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None,
-        FLAT=tiling.resident, PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        ADDED=added is not None, FLAT=tiling.resident, PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.kernels.experts.dense import DenseTiling, dense_product, takes
 from workers.kernels.experts.fewer import four_bit_sums
 from workers.kernels.experts.gating import Clamp, activated
-from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
+from workers.kernels.experts.route import WORDS_OF_TILE, Added, Choice, Routing
 from workers.kernels.experts.stacked import FOUR_BITS, Operand, Stacked, Weight, operand
 from workers.kernels.launch import enter, interpreted
 from workers.kernels.products.expand import expanded
@@ -116,13 +116,14 @@ def _added(sums, numbers, a, scales, rows, start, K: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x_stride, alpha, limit, N: tl.constexpr,
-             K: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _product(x, weight, bias, shares, added, slots, out, pairs, tiles, count, scales, zeros, x_stride, alpha, limit,
+             N: tl.constexpr, K: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
              STAGES: tl.constexpr, GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
-             KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, FOURS: tl.constexpr, PRECISION: tl.constexpr,
-             PDL: tl.constexpr):  # fmt: skip
+             ADDED: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, FOURS: tl.constexpr,
+             PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: of the output.
-    weight, scales, zeros, KIND, GROUP, SPAN: as `Operand` has them; FOURS, and with it scales and zeros: as `in_fours` does."""
+    weight, scales, zeros, KIND, GROUP, SPAN: as `Operand` has them; FOURS, and with it scales and zeros: as `in_fours` does.
+    ADDED, and with it added, slots: as `Added` has them."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     within = tl.program_id(0) % (BLOCKS * NEIGHBOURS)
     tile = tl.program_id(0) // (BLOCKS * NEIGHBOURS) * NEIGHBOURS + within % NEIGHBOURS
@@ -163,15 +164,22 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
                 beside = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, NOW, DTYPE)
                 ups = _added(ups, beside, a, scales, others, start, K, GROUP, LATER, PRECISION)
 
+    if ADDED:
+        adapted = (tl.load(slots + pair // TOP, mask=there, other=-1) >= 0)[None, :] & (row < N)[:, None]
+        more = added + place.to(tl.int64)[None, :] * (HALVES * N) + row[:, None]
     total = sums
     if KIND == "fp8" and GROUP == 0:
         total *= tl.load(scales + rows).to(tl.float32)[:, None]
+    if ADDED:
+        total += tl.load(more, mask=adapted, other=0.0).to(tl.float32)
     if BIAS:
         total += tl.load(bias + rows).to(tl.float32)[:, None]
     if GATED:
         up = ups
         if KIND == "fp8" and GROUP == 0:
             up *= tl.load(scales + others).to(tl.float32)[:, None]
+        if ADDED:
+            up += tl.load(more + N, mask=adapted, other=0.0).to(tl.float32)
         if BIAS:
             up += tl.load(bias + others).to(tl.float32)[:, None]
         total = activated(total, up, alpha, limit, CLAMPED)
@@ -185,23 +193,24 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
 
 def gate_up(
     x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
-    clamp: Clamp | None = None, pdl: bool = False, tiling: GroupedTiling | DenseTiling | None = None,
+    clamp: Clamp | None = None, added: Added | None = None, pdl: bool = False,
+    tiling: GroupedTiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, K], weight [held, 2 * N, K], bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
     [pairs, N] in the order of `routing.pairs`; what lies behind is undefined. in_turns: W's rows are gate, up, gate, ..."""
     out = torch.empty(len(routing.pairs), weight.shape[1] // 2, dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, routing, True, in_turns, clamp, pdl, tiling)
+    _launch(x, weight, bias, added, out, routing, True, in_turns, clamp, pdl, tiling)
     return out
 
 
 def down(
-    x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False,
+    x: Tensor, weight: Weight, routing: Routing, *, bias: Tensor | None = None, added: Added | None = None, pdl: bool = False,
     tiling: GroupedTiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [pairs, K] as `gate_up` gives it, weight [held, N, K], bias [held, N] -> each pair's product times the
     token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
     out = torch.empty(len(routing.pairs), weight.shape[1], dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, routing, False, False, None, pdl, tiling)
+    _launch(x, weight, bias, added, out, routing, False, False, None, pdl, tiling)
     return out
 
 
@@ -215,8 +224,8 @@ def _pays_to_expand(x: Tensor, weight: Stacked, routing: Routing) -> bool:
 
 
 def _launch(
-    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
-    clamp: Clamp | None, pdl: bool, tiling: GroupedTiling | DenseTiling | None,
+    x: Tensor, weight: Weight, bias: Tensor | None, added: Added | None, out: Tensor, routing: Routing, gated: bool,
+    in_turns: bool, clamp: Clamp | None, pdl: bool, tiling: GroupedTiling | DenseTiling | None,
 ) -> None:  # fmt: skip
     if not len(out):
         return
@@ -226,7 +235,7 @@ def _launch(
     if isinstance(weight, Tensor) and (
         isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight.shape[2], routing))
     ):
-        dense_product(x, weight, bias, out, routing, gated, in_turns, clamp, pdl, tiling)
+        dense_product(x, weight, bias, added, out, routing, gated, in_turns, clamp, pdl, tiling)
         return
     assert not isinstance(tiling, DenseTiling), "of plain numbers"
     w = operand(weight)
@@ -235,11 +244,13 @@ def _launch(
     n = out.shape[1]
     tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
     _product[(tiles * triton.cdiv(n, tiling.rows),)](
-        x, w.values, w.values if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
-        scales, zeros, x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
+        x, w.values, w.values if bias is None else bias, routing.weights, out if added is None else added.numbers,
+        routing.pairs if added is None else added.slots, out, routing.pairs, routing.tiles, routing.count, scales, zeros,
+        x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1],
         TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated,
-        IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, KIND=w.kind, GROUP=w.group, SPAN=w.span,
-        FOURS=fours, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, ADDED=added is not None, KIND=w.kind,
+        GROUP=w.group, SPAN=w.span, FOURS=fours, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

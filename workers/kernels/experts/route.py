@@ -47,6 +47,16 @@ class Routing(Choice):
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What a product of `grouped` or `dense` gets added before anything else is done with it. numbers [pairs, rows of W]: in
+    the order of `Routing.pairs`, what belongs to gates before what belongs to ups, also where W's rows are in turns. slots
+    [tokens] int32: where that is negative nothing is added to the token's pairs, and what stands in `numbers` is undefined."""
+
+    numbers: Tensor
+    slots: Tensor
+
+
 @triton.jit
 def in_order(score, at, EXPERTS: tl.constexpr):
     """Scores as integers that are ordered as the numbers are; LEAST, as no expert's is, beyond the last."""

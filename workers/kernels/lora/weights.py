@@ -1,4 +1,5 @@
-"""The low-rank weights of all resident adapters beside one linear layer, and what a step adds with them. Imports torch.
+"""The low-rank weights of all resident adapters beside one linear layer or one layer's experts, and what a step adds with
+them. Imports torch.
 
     x ──▶ weight ─────────────▶ + ──▶      A is whole where the layer is divided by rows, B where it is divided by columns: then
     └──▶ A[slot] ──▶ B[slot] ───┘          the ranks' sums meet behind it, as those of the weight do
@@ -14,26 +15,37 @@ LEAST_RANK = 16
 
 
 class LoraWeights:
-    """Every slot's A [parts * rank, in] and B [out, rank], the scaling in it; zeros where an adapter has less, or nothing.
+    """Every slot's A [parts * rank, in] and B [out, rank], the scaling in it; zeros where an adapter has less, or nothing. Of
+    experts every slot has as many of both.
 
-    rows: of each part: a merged product has a part for each of its projections, with an A of its own.
+    a: [slots, parts * rank, in] or [slots, experts, parts * rank, in], b likewise. rows: of each part: a merged product has a
+    part for each of its projections, with an A of its own.
     """
 
     __slots__ = ("a", "b", "rank", "rows")
 
-    def __init__(
-        self, slots: int, rank: int, in_features: int, rows: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:  # fmt: skip
-        """rank: of the largest adapter."""
-        self.rank = padded_rank(rank)
-        self.rows = rows
-        self.a = torch.zeros(slots, len(rows) * self.rank, in_features, dtype=dtype, device=device)
-        self.b = torch.zeros(slots, sum(rows), self.rank, dtype=dtype, device=device)
+    def __init__(self, a: Tensor, b: Tensor, rows: tuple[int, ...]) -> None:
+        self.a, self.b, self.rows = a, b, rows
+        self.rank = b.shape[-1]
+
+    @classmethod
+    def empty(
+        cls, slots: int, rank: int, in_features: int, rows: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+        experts: int | None = None,
+    ) -> "LoraWeights":  # fmt: skip
+        """rank: of the largest adapter. experts: None beside a linear layer."""
+        rank, each = padded_rank(rank), (slots,) if experts is None else (slots, experts)
+        a = torch.zeros(*each, len(rows) * rank, in_features, dtype=dtype, device=device)
+        return cls(a, torch.zeros(*each, sum(rows), rank, dtype=dtype, device=device), rows)
+
+    def of(self, expert: int) -> "LoraWeights":
+        """One expert's, in the same memory."""
+        return LoraWeights(self.a[:, expert], self.b[:, expert], self.rows)
 
     def part(self, number: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Where one projection's A [rank, in] and B [its rows, rank] stand."""
+        """Where one projection's A [rank, in] and B [its rows, rank] stand, or [experts, ...] of each."""
         first = sum(self.rows[:number])
-        return self.a[slot].narrow(0, number * self.rank, self.rank), self.b[slot].narrow(0, first, self.rows[number])
+        return self.a[slot].narrow(-2, number * self.rank, self.rank), self.b[slot].narrow(-2, first, self.rows[number])
 
     def clear(self, slot: int) -> None:
         self.a[slot].zero_()
@@ -49,8 +61,8 @@ class StepAdapters(Protocol):
     """Which rows of a step's matrices have which adapter."""
 
     def add(self, weights: LoraWeights, product: Tensor, x: Tensor) -> None:
-        """Adds each row's adapter's part, B(A(x)), to product [rows, out], in place. x: [rows, in]. Rows beyond the step's are
-        padding."""
+        """Adds each row's adapter's part, B(A(x)), to product [rows, out], in place. x: [rows, in], of the weights' dtype. Rows
+        beyond the step's are padding."""
         ...
 
     def at(self, rows: Tensor) -> "StepAdapters":
@@ -77,7 +89,8 @@ class Segments:
                 torch.mm(low[:, part * rank : (part + 1) * rank], weights.part(part, slot)[1].T)
                 for part in range(len(weights.rows))
             ]
-            product.index_add_(0, index, torch.cat(high, 1) if len(high) > 1 else high[0])
+            added = torch.cat(high, 1) if len(high) > 1 else high[0]
+            product.index_add_(0, index, added.to(product.dtype))
 
     def at(self, rows: Tensor) -> "Segments":
         return Segments(self._slots.index_select(0, rows))

@@ -104,7 +104,7 @@ class Layer:
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, SwiGLU):
             return hidden.add_(self.mlp(normed, adapters))
-        return hidden.add_(self.mlp(normed, tokens if rows is None else step.sample_at.shape[0]))
+        return hidden.add_(self.mlp(normed, tokens if rows is None else step.sample_at.shape[0], adapters))
 
     def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
         """The norms of each query head and of each key head, [head_dim], where the model has them."""

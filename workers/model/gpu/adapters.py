@@ -4,6 +4,8 @@ kernels.
 
 from torch import Tensor
 
+from workers.kernels.experts.route import Added, Routing
+from workers.kernels.lora.experts import low_rank
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
 from workers.kernels.lora.weights import LoraWeights
@@ -21,6 +23,12 @@ class DeviceRows:
         if self._grouped is None:
             self._grouped = group(self._slots, self._count)
         add_low_rank(product, x, weights.a, weights.b, weights.rows, self._grouped)
+
+    def of_pairs(
+        self, weights: LoraWeights, x: Tensor, routing: Routing, *, by_token: bool, in_turns: bool = False
+    ) -> Added:  # fmt: skip
+        """What the products of experts get added, as in `low_rank`."""
+        return low_rank(x, weights, routing, self._slots, by_token=by_token, in_turns=in_turns)
 
     def at(self, rows: Tensor) -> "DeviceRows":
         return DeviceRows(self._slots.index_select(0, rows), self._count)

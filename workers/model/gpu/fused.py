@@ -20,7 +20,6 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
-from workers.kernels.lora.weights import StepAdapters
 from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.prenormed import Prenormed
@@ -32,6 +31,7 @@ from workers.kernels.rows.norm import add_rms_norm, rms_norm, rounded_norm
 from workers.kernels.rows.reduce import sum_add_rms_norm, takes
 from workers.kernels.rows.rounding import silu_mul_rounded
 from workers.model.decoders.native import Decoder, Layer
+from workers.model.gpu.adapters import DeviceRows
 from workers.model.gpu.fused_experts import FusedMixture
 from workers.model.layers.experts import Mixture
 from workers.model.layers.linear import Linear
@@ -60,7 +60,7 @@ class PagedDecoder(Protocol):
 
     def logits(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
-        adapters: StepAdapters | None = None,
+        adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """As in `FusedDecoder`."""
         ...
@@ -112,7 +112,7 @@ class FusedDecoder:
 
     def logits(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
-        adapters: StepAdapters | None = None,
+        adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
         the model's dtype; padding is -inf.
@@ -130,7 +130,7 @@ class FusedDecoder:
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
-        adapters: StepAdapters | None = None,
+        adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
         normed: Tensor | Rounded
@@ -160,12 +160,12 @@ class FusedDecoder:
         return normed
 
     def _mlp(
-        self, number: int, layer: Layer, normed: Tensor | Rounded, live: Tensor | None, adapters: StepAdapters | None
+        self, number: int, layer: Layer, normed: Tensor | Rounded, live: Tensor | None, adapters: DeviceRows | None
     ) -> Tensor:  # fmt: skip
         """This rank's part of the sum."""
         if isinstance(layer.mlp, Mixture):
             assert isinstance(normed, Tensor), "experts' weights are plain"
-            return self._mixtures[number](normed, live)
+            return self._mixtures[number](normed, live, adapters=adapters)
         down, gate_up = layer.mlp.down, layer.mlp.gate_up(normed, adapters)
         weight = self._rounding(down, gate_up, adapters)
         return down.partial(silu_mul(gate_up) if weight is None else silu_mul_rounded(gate_up, weight.group), adapters)
@@ -180,7 +180,7 @@ class FusedDecoder:
             return rounded_norm(hidden, norm, self._eps, weight.group, part)
         return add_rms_norm(hidden, part, norm, self._eps)
 
-    def _rounding(self, linear: Linear | None, x: Tensor, adapters: StepAdapters | None) -> Reduced | None:
+    def _rounding(self, linear: Linear | None, x: Tensor, adapters: DeviceRows | None) -> Reduced | None:
         """The weight by which as many tokens as x has are multiplied rounded; None: they are not, or adapters read them."""
         weight = None if linear is None or adapters is not None else linear.reduced
         return weight if weight is not None and rounds(weight, len(x), x.dtype) else None

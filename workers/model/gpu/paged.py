@@ -10,8 +10,8 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.forms import Form, HeadShape
 from workers.attention.write import TorchWriter
-from workers.kernels.lora.weights import StepAdapters
 from workers.model.decoders.transformers.decoder import TransformersDecoder
+from workers.model.gpu.adapters import DeviceRows
 from workers.model.gpu.fused import Attend
 
 
@@ -29,7 +29,7 @@ class PagedTransformers:
 
     def logits(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
-        adapters: StepAdapters | None = None,
+        adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """As `FusedDecoder.logits`, without adapters."""
         assert adapters is None, "refused before anything is started"

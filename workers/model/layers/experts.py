@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.experts.stacked import Stacked, Weight
+from workers.kernels.lora.weights import LoraWeights, StepAdapters
 from workers.kernels.reduced import Microscaled, Reduced
 from workers.model.checkpoint.weights import Piece, Target
 from workers.model.config.mixtures import Gating, MixtureConfig, MixtureShape
@@ -29,13 +30,15 @@ from workers.parallel.communicator import Communicator
 
 
 class Router:
-    """weight [experts, hidden], and behind these rows that of the shared expert's gate, where there is one."""
+    """weight [experts, hidden], and behind these rows that of the shared expert's gate, where there is one. lora: adapters
+    beside it; None: none are served."""
 
     def __init__(self, config: MixtureConfig, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
         rows = config.experts + (config.shared_intermediate > 0)
         self.weight = torch.empty(rows, hidden, dtype=dtype, device=device)
         self.bias = torch.empty(rows, dtype=dtype, device=device) if config.family.bias else None
+        self.lora: LoraWeights | None = None
 
     def filled(self) -> None:
         """On a CPU it is widened to what its scores are in; a GPU's kernels add up in float32."""
@@ -43,10 +46,13 @@ class Router:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             self.weight, self.bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [tokens, hidden] -> experts [tokens, per_token] int64, their weights, and the shared expert's [tokens, 0 or 1]."""
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [tokens, hidden] -> experts [tokens, per_token] int64, their weights, and the shared expert's [tokens, 0 or 1].
+        adapters: of the tokens; None: no token has one."""
         config = self.config
         scores = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        if adapters is not None and self.lora is not None:
+            adapters.add(self.lora, scores, x)
         scores, gate = scores.split_with_sizes((config.experts, len(self.weight) - config.experts), 1)
         if config.family.scoring == "chosen":
             best, chosen = scores.topk(config.per_token, -1)
@@ -81,7 +87,7 @@ def expert_modules(config: MixtureConfig, name: str) -> tuple[list[str], list[st
 class Experts:
     """gate_up [experts, 2 * intermediate, hidden]: the gate's rows first, or in turns with the other's where the family packs
     them so. down [experts, hidden, intermediate]. Either may be in fewer bits, with which a GPU alone computes. A down bias
-    that ranks would add several times rank 0 adds."""
+    that ranks would add several times rank 0 adds. lora: adapters beside both; None: none are served."""
 
     def __init__(
         self, config: MixtureConfig, shape: MixtureShape, hidden: int, dtype: torch.dtype, device: torch.device, first: bool,
@@ -99,6 +105,13 @@ class Experts:
         self.down_bias = self._nothing.new_empty(down_size[:2]) if bias and first else None
         self._pads = can_pack(dtype, device)
         self._each: list[tuple[Linear, Linear]] = []
+        self.lora: tuple[LoraWeights, LoraWeights] | None = None
+
+    def adapt(self, gate_up: LoraWeights, down: LoraWeights) -> None:
+        """Adapters stand beside these experts from now on, whose rows are in the order of the weights' own."""
+        self.lora = gate_up, down
+        for number, each in enumerate(self._each):
+            each[0].lora, each[1].lora = gate_up.of(number), down.of(number)
 
     @property
     def in_turns(self) -> bool:
@@ -120,9 +133,12 @@ class Experts:
         if self._pads:  # the plain numbers are read by nobody
             self.gate_up = self.down = self._nothing
 
-    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, adapters: StepAdapters | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden]; chosen, weights [tokens, per_token], experts of the whole model -> [tokens, hidden] in the dtype
-        of `weights`, this rank's share of the sum; and the tokens of each of the model's experts."""
+        of `weights`, this rank's share of the sum; and the tokens of each of the model's experts. adapters: of the tokens;
+        None: no token has one."""
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.config.experts)
         out = weights.new_zeros(x.shape)
@@ -133,9 +149,9 @@ class Experts:
             if begin < end:
                 pairs = order[begin:end]
                 tokens = pairs // chosen.shape[1]
-                rows = x[tokens]
-                product = gate_up(padded(rows, padded_rows(end - begin)) if self._pads else rows)
-                product = down(gated(product, self.config.gating, self.in_turns))[: end - begin]
+                rows, own = x[tokens], adapters.at(tokens) if adapters is not None else None
+                product = gate_up(padded(rows, padded_rows(end - begin)) if self._pads else rows, own)
+                product = down(gated(product, self.config.gating, self.in_turns), own)[: end - begin]
                 out.index_add_(0, tokens, product * weights.flatten()[pairs, None])
         return out, counts
 
@@ -228,14 +244,14 @@ class Mixture:
             )
         self.load = torch.zeros(config.experts, dtype=torch.int64, device=device)
 
-    def __call__(self, x: Tensor, tokens: int | None = None) -> Tensor:
-        """x [rows, hidden], of which those from `tokens` on are padding -> [rows, hidden], equal on all ranks, padding zero."""
-        real = x[:tokens]
-        chosen, weights, gate = self.router(real)
-        out, counts = self.experts(real, chosen, weights)
+    def __call__(self, x: Tensor, tokens: int | None = None, adapters: StepAdapters | None = None) -> Tensor:
+        """x [rows, hidden], of which those from `tokens` on are padding -> [rows, hidden], equal on all ranks, padding zero.
+        adapters: of the rows, or of those that are no padding; None: no token has one."""
+        chosen, weights, gate = (each[:tokens] for each in self.router(x, adapters))
+        out, counts = self.experts(x[:tokens], chosen, weights, adapters)
         self.load += counts
         if self.shared is not None:
-            out += gate * self.shared(x)[:tokens]
+            out += gate * self.shared(x, adapters)[:tokens]
         return self.comm.all_reduce(padded(out.to(x.dtype), x.shape[0]))
 
     def pack(self) -> None:

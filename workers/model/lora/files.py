@@ -3,6 +3,13 @@
     adapter_config.json          what was trained, and how it scales
     adapter_model.safetensors    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [rank, in], lora_B [out, rank]
 
+Experts are adapted one by one, as transformers had them up to version 4, or stacked: one parameter for all of a layer, of which
+PEFT makes one matrix, A of one expert behind that of the other, but B with each rank's column for all experts side by side:
+
+    ...layers.3.mlp.experts.7.up_proj.lora_A.weight       [rank, in]              lora_B [out, rank]
+    ...layers.3.mlp.experts.base_layer.lora_A.weight      [experts * rank, in]    lora_B [out, rank * experts]    gate_up_proj
+    ...layers.3.mlp.experts.lora_A.weight                 likewise                                                down_proj
+
 What it asks for and is not served is refused by name: read as if it were not there, it would give another model. Imports no
 torch: front ends read adapters too.
 """
@@ -11,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +27,15 @@ import xxhash
 from scheduler.protocol.messages import Adapter
 from workers.model.config.architectures import ModelConfig
 from workers.model.config.fields import CheckpointError, Fields, read_json
+from workers.model.lora.modules import STACKS, WRAPPED, has_experts, modules_of, served, shape_of
 from workers.model.reading import ADAPTER_CONFIG, DecoderConfig
 
 CONFIG, TENSORS = ADAPTER_CONFIG, "adapter_model.safetensors"
 
-PROJECTIONS = {
-    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
-    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
-}  # fmt: skip
-"""The linear layers that may be adapted, and the part of a decoder's layer that they are in."""
+FIRST_TO_TURN = (0, 19, 1)
+"""Of PEFT: which before it took stacks of matrices [out, in] for such of [in, out]."""
 
-_TENSOR = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\.(\w+)\.(\w+))\.lora_([AB])\.weight")
+_TENSOR = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d+)\.([\w.]+))\.lora_([AB])\.weight")
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _CHUNK_BYTES, _MOST_HEADER_BYTES = 1 << 22, 100 << 20
 _NAMED = 5
@@ -39,7 +44,7 @@ _ANY = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "task_type", "peft_type", "r",
     "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "use_rslora", "init_lora_weights", "bias", "peft_version", "megatron_core", "loftq_config", "eva_config",
-    "qalora_group_size", "ensure_weight_tying",
+    "qalora_group_size", "ensure_weight_tying", "target_parameters",
 }  # fmt: skip
 """Fields that are read here, or that say nothing of what a trained adapter computes. All others must be as if left out."""
 
@@ -50,7 +55,6 @@ _REFUSED = {
     "fan_in_fan_out": "its weights are transposed",
     "lora_bias": "its B has a bias",
     "layer_replication": "it has layers that the model has not",
-    "target_parameters": "it adapts parameters that are no linear layers",
     "alora_invocation_tokens": "it acts on a part of the prompt alone",
 }
 """Why, of fields that are known."""
@@ -61,7 +65,9 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, slots=True)
 class AdaptedLinear:
-    """One linear layer: scaling * B @ A is added to its weight. rank: rows of A. a, b: names of the tensors."""
+    """One linear layer: scaling * B @ A is added to its weight. projection: as in `shape_of`. rank: rows of A. a, b: names of
+    the tensors. expert: of a projection of experts, which one's it is; None: of all of them, in a stack. turned: A [experts *
+    rank, out] and B [in, rank * experts] change places."""
 
     layer: int
     projection: str
@@ -69,6 +75,12 @@ class AdaptedLinear:
     scaling: float
     a: str
     b: str
+    expert: int | None = None
+    turned: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return self.expert is None and self.projection.startswith("experts.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,28 +113,12 @@ def read_adapter(name: str, folder: str | Path, model: DecoderConfig, max_rank: 
     said = Fields(read_json(path / CONFIG), path / CONFIG)
     _refuse(said)
     shapes = _shapes(path / TENSORS)
-    linears = tuple(_linears(said, shapes, path / TENSORS))
+    linears = _oriented(said, tuple(_linears(said, shapes, model, path / TENSORS)), shapes, model)
     for linear in linears:
         _fit(linear, shapes, model, path / TENSORS)
         if linear.rank > max_rank:
             raise CheckpointError(f"{path} has rank {linear.rank}, and there is room for {max_rank}: raise max_lora_rank")
     return AdapterFiles(Adapter(name, _digest(path), str(path)), linears)
-
-
-def shape_of(projection: str, model: ModelConfig) -> tuple[int, int]:
-    """[out, in] of the whole weight."""
-    heads, kv_heads = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    match projection:
-        case "q_proj":
-            return heads, model.hidden
-        case "k_proj" | "v_proj":
-            return kv_heads, model.hidden
-        case "o_proj":
-            return model.hidden, heads
-        case "down_proj":
-            return model.hidden, model.intermediate
-        case _:
-            return model.intermediate, model.hidden
 
 
 def _refuse(said: Fields) -> None:
@@ -163,32 +159,61 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _linears(said: Fields, shapes: Mapping[str, tuple[int, ...]], file: Path) -> Iterable[AdaptedLinear]:
+def _linears(
+    said: Fields, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, file: Path
+) -> Iterable[AdaptedLinear]:  # fmt: skip
     """Errors: CheckpointError for a tensor that nothing would read, or one half of a pair."""
     pairs: dict[tuple[str, int, str], dict[str, str]] = {}
+    known = {sparse: modules_of(model, sparse) for sparse in (False, True)}
     strange = []
     for name in sorted(shapes):
         match = _TENSOR.fullmatch(name)
-        if match is None or PROJECTIONS.get(match[4]) != match[3]:
+        if match is not None and int(match[2]) >= model.layers:
+            raise CheckpointError(f"{file} adapts layer {match[2]}, and the model has {model.layers}: it belongs to another")
+        if match is None or match[3] not in known[has_experts(model, int(match[2]))]:
             strange.append(name)
         else:
-            pairs.setdefault((match[1], int(match[2]), match[4]), {})[match[5]] = name
+            pairs.setdefault((match[1], int(match[2]), match[3]), {})[match[4]] = name
     if strange:
         named = ", ".join(strange[:_NAMED]) + (", ..." if len(strange) > _NAMED else "")
-        raise CheckpointError(f"{file} adapts what is not served ({named}): {', '.join(PROJECTIONS)} of a decoder's layers are")
+        raise CheckpointError(f"{file} adapts what is not served ({named}): {served(model)}")
     if not pairs:
         raise CheckpointError(f"{file} holds no tensor: it is no adapter")
-    for (module, layer, projection), names in pairs.items():
-        if not _is_meant(said, module, layer):
+    for (module, layer, tail), names in pairs.items():
+        place = known[has_experts(model, layer)][tail]
+        meant = _stack_of(said, module, tail) if place is None else _as_meant(said, module, layer)
+        if meant is None:
             raise CheckpointError(
                 f"{file} adapts {module}, which {CONFIG} leaves out: the two are not of one adapter; save or download it again"
             )
         if len(names) != 2:
             raise CheckpointError(f"{file} has of {module} only {', '.join(names.values())}: the other half is missing")
-        rank = _patterned(said, "rank_pattern", module, said.integer("r"))
-        alpha = _patterned(said, "alpha_pattern", module, said.number("lora_alpha", 8))
+        projection, expert = place or (f"experts.{meant.rpartition('.')[2]}", None)
+        rank = _patterned(said, "rank_pattern", meant, said.integer("r"))
+        alpha = _patterned(said, "alpha_pattern", meant, said.number("lora_alpha", 8))
         scaling = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
-        yield AdaptedLinear(layer, projection, int(rank), scaling, names["A"], names["B"])
+        yield AdaptedLinear(layer, projection, int(rank), scaling, names["A"], names["B"], expert)
+
+
+def _stack_of(said: Fields, module: str, tail: str) -> str | None:
+    """The parameter whose tensors PEFT calls so; None: it is not meant."""
+    experts = module.removesuffix(tail) + WRAPPED[-1]
+    meant = [f"{experts}.{name}" for name in STACKS if _is_targeted(said, f"{experts}.{name}")]
+    return dict(zip(reversed(WRAPPED), reversed(meant), strict=False)).get(tail)
+
+
+def _as_meant(said: Fields, module: str, layer: int) -> str | None:
+    """What it is called where PEFT looks for it, among parameters or modules; None: it is not meant."""
+    parameter = f"{module}.weight"
+    return parameter if _is_targeted(said, parameter) else module if _is_meant(said, module, layer) else None
+
+
+def _is_targeted(said: Fields, parameter: str) -> bool:
+    """Errors: CheckpointError."""
+    targets = said.get("target_parameters") or []
+    if not isinstance(targets, list):
+        raise said.error(f"target_parameters must be a list, found {targets!r}: save or download it again")
+    return bool(targets) and _names(said, "target_parameters", targets, parameter)
 
 
 def _is_meant(said: Fields, module: str, layer: int) -> bool:
@@ -199,7 +224,9 @@ def _is_meant(said: Fields, module: str, layer: int) -> bool:
     targets, spared = said.get("target_modules"), said.get("exclude_modules")
     if spared and _names(said, "exclude_modules", spared, module):
         return False
-    return not targets or targets == "all-linear" or _names(said, "target_modules", targets, module)
+    if not targets:
+        return not said.get("target_parameters")
+    return targets == "all-linear" or _names(said, "target_modules", targets, module)
 
 
 def _names(said: Fields, field: str, given: Any, module: str) -> bool:
@@ -225,15 +252,45 @@ def _patterned(said: Fields, name: str, module: str, usual: float) -> Any:
     return usual
 
 
+def _shapes_of(linear: AdaptedLinear, model: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What A's and B's shapes ought to be."""
+    out, width = shape_of(linear.projection, model)
+    if linear.turned:
+        out, width = width, out
+    low = linear.rank * (model.mixture.experts if linear.stacked and model.mixture is not None else 1)
+    return (low, width), (out, low)
+
+
+def _oriented(
+    said: Fields, linears: tuple[AdaptedLinear, ...], shapes: Mapping[str, tuple[int, ...]], model: ModelConfig
+) -> tuple[AdaptedLinear, ...]:
+    """Stacks that PEFT took for matrices of inputs first, though they have outputs first, or the other way round, are known
+    by their shapes; of as many outputs as inputs by the others', or by the version. Errors: CheckpointError where neither
+    tells."""
+    found, square = {}, []
+    for linear in (linear for linear in linears if linear.stacked):
+        turned = replace(linear, turned=True)
+        if len(set(shape_of(linear.projection, model))) == 1:
+            square.append(linear)
+        elif (shapes[linear.a], shapes[linear.b]) == _shapes_of(turned, model):
+            found[linear] = turned
+        else:
+            found[linear] = linear
+    turns = any(linear.turned for linear in found.values())
+    if square and not found and model.mixture is not None and not model.mixture.family.packed:
+        version = tuple(int(part) for part in re.findall(r"\d+", str(said.get("peft_version", "")))[:3])
+        if version < FIRST_TO_TURN:
+            raise said.error(
+                f"peft_version={said.get('peft_version')!r}: nothing tells outputs from inputs in {square[0].a}; save it with "
+                "PEFT 0.19.1 or newer"
+            )
+    found |= {linear: replace(linear, turned=turns) for linear in square}
+    return tuple(found.get(linear, linear) for linear in linears)
+
+
 def _fit(linear: AdaptedLinear, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, file: Path) -> None:
     """Errors: CheckpointError."""
-    if linear.layer >= model.layers:
-        raise CheckpointError(f"{file} adapts layer {linear.layer}, and the model has {model.layers}: it belongs to another")
-    experts = model.mixture is not None and model.mixture.sparse[linear.layer]
-    if experts and PROJECTIONS[linear.projection] == "mlp":
-        raise CheckpointError(f"{file} adapts {linear.projection} of layer {linear.layer}, which has experts: not served")
-    out, width = shape_of(linear.projection, model)
-    for name, shape in ((linear.a, (linear.rank, width)), (linear.b, (out, linear.rank))):
+    for name, shape in zip((linear.a, linear.b), _shapes_of(linear, model), strict=True):
         if shapes[name] != shape:
             raise CheckpointError(
                 f"{file}: {name} has shape {list(shapes[name])}, and {list(shape)} fits the model and {CONFIG}: it belongs to "

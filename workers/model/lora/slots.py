@@ -1,7 +1,8 @@
-"""One rank's shards of the resident adapters, beside the linear layers of its decoder. Imports torch and safetensors."""
+"""One rank's shards of the resident adapters, beside the linear layers and the experts of its decoder. Imports torch and
+safetensors."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from workers.config import WorkerConfig
 from workers.kernels.lora.weights import LoraWeights
-from workers.model.config.architectures import RankShape
+from workers.model.config.architectures import ModelConfig, RankShape
 from workers.model.decoders.native import Decoder, Layer
-from workers.model.layers.linear import Linear
+from workers.model.layers.experts import Mixture
 from workers.model.layers.mlp import SwiGLU
 from workers.model.lora.files import AdaptedLinear, AdapterFiles
 
@@ -19,28 +20,30 @@ if TYPE_CHECKING:
     from workers.model.decoders.transformers.decoder import TransformersDecoder
 
 PARTS = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("o", 0),
-         "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0)}  # fmt: skip
-"""The product that each projection is a part of."""
+         "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "gate_up_proj": ("gate_up", 0), "down_proj": ("down", 0),
+         "router": ("router", 0), "shared_expert_gate": ("router", 1)}  # fmt: skip
+"""The product that each projection is a part of, or begins with."""
+
+WHOLE = slice(None)
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectionShare:
-    """What of a projection a rank has. rows: it is divided by rows, hence B is; otherwise by columns, hence A."""
+class ProjectionShare(NamedTuple):
+    """What of a projection's weight [out, in] a rank has: these rows of B, these columns of A."""
 
-    start: int
-    length: int
-    rows: bool
+    rows: slice
+    columns: slice
 
 
 class AdapterSlots:
-    """Makes room for `slots` adapters of `rank` at most beside each linear layer of `decoder`, which uses it from then on."""
+    """Makes room for `slots` adapters of `rank` at most beside each linear layer of `decoder` and beside its experts, which use
+    it from then on."""
 
     def __init__(self, decoder: Decoder, slots: int, rank: int) -> None:
         self.config = decoder.config
         self.rank = rank
         self.device = decoder.device
         self._shape = decoder.shape
-        self._weights = [_beside(layer, decoder, slots, rank) for layer in decoder.layers]
+        self._weights = [_Room(decoder, slots, rank).beside(layer) for layer in decoder.layers]
 
     @property
     def nbytes(self) -> int:
@@ -55,18 +58,30 @@ class AdapterSlots:
                 weights.clear(slot)
         with safe_open(files.tensors, "pt") as opened:
             for linear in files.linears:
-                name, number = PARTS[linear.projection]
-                a, b = self._weights[linear.layer][name].part(number, slot)
-                share = share_of(linear.projection, self._shape)
-                columns = slice(None) if share.rows else slice(share.start, share.start + share.length)
-                rows = slice(share.start, share.start + share.length) if share.rows else slice(None)
-                down = opened.get_slice(linear.a)[:, columns].to(a.dtype)
-                up = _scaled(linear, opened.get_slice(linear.b)[rows], b.dtype).to(b.dtype)
-                if not (down.isfinite().all() and up.isfinite().all()):  # nothing but NaN could come of them
-                    where = f"{linear.projection} of layer {linear.layer}"
-                    raise ValueError(f"{where} holds numbers that are not finite in {a.dtype}")
-                a[: linear.rank].copy_(down)
-                b[:, : linear.rank].copy_(up)
+                self._fill(slot, linear, opened)
+
+    def _fill(self, slot: int, linear: AdaptedLinear, opened: Any) -> None:
+        """opened: the adapter's tensors."""
+        (block, _, name), mixture = linear.projection.rpartition("."), self._shape.mixture
+        product, first = PARTS[name]
+        weights = self._weights[linear.layer][f"{block}.{product}" if block else product]
+        ups: Sequence[Tensor]
+        if linear.stacked:
+            down, ups = _unstacked(linear, opened, len(weights.rows), self.config, self._shape)
+        else:
+            if linear.expert is not None and mixture is not None:
+                if not 0 <= linear.expert - mixture.expert_start < mixture.experts:
+                    return
+                weights = weights.of(linear.expert - mixture.expert_start)
+            share = share_of(linear.projection, self._shape)
+            down, ups = opened.get_slice(linear.a)[:, share.columns], [opened.get_slice(linear.b)[share.rows]]
+        for number, up in enumerate(ups, first):
+            a, b = weights.part(number, slot)
+            low, high = down.to(a.dtype), _scaled(linear, up, b.dtype).to(b.dtype)
+            if not (low.isfinite().all() and high.isfinite().all()):  # nothing but NaN could come of them
+                raise ValueError(f"{linear.projection} of layer {linear.layer} holds numbers that are not finite in {a.dtype}")
+            a[..., : linear.rank, :].copy_(low)
+            b[..., : linear.rank].copy_(high)
 
 
 def adapter_slots(config: WorkerConfig, decoder: "Decoder | TransformersDecoder") -> AdapterSlots | None:
@@ -77,34 +92,78 @@ def adapter_slots(config: WorkerConfig, decoder: "Decoder | TransformersDecoder"
     return AdapterSlots(decoder, config.lora_slots, config.max_lora_rank)
 
 
+def _unstacked(
+    linear: AdaptedLinear, opened: Any, parts: int, config: ModelConfig, shape: RankShape
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Of the experts and rows that the rank has: A [experts, rank, in], and B [experts, rows, rank] of each part."""
+    assert config.mixture is not None
+    assert shape.mixture is not None
+    experts, held = config.mixture.experts, shape.mixture.expert_start
+    down, up = opened.get_tensor(linear.a), opened.get_tensor(linear.b)
+    down, up = down.view(experts, linear.rank, -1), up.view(len(up), linear.rank, experts).permute(2, 0, 1)
+    if linear.turned:
+        down, up = up.transpose(1, 2), down.transpose(1, 2)
+    share = share_of(linear.projection, shape, in_turns=parts == 1)
+    down, up = (each[held : held + shape.mixture.experts] for each in (down, up))
+    return down[:, :, share.columns], [part[:, share.rows] for part in up.chunk(parts, 1)]
+
+
 def _scaled(linear: AdaptedLinear, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded once."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return b.to(wide) * linear.scaling
 
 
-def share_of(projection: str, shape: RankShape) -> ProjectionShare:
-    dim = shape.head_dim
-    match projection:
+def share_of(projection: str, shape: RankShape, in_turns: bool = False) -> ProjectionShare:
+    """projection: as in `modules.shape_of`; of a stack's gates and ups either half, or with in_turns both."""
+    (block, _, name), dim = projection.rpartition("."), shape.head_dim
+    start, length = shape.intermediate_start, shape.intermediate
+    if shape.mixture is not None and block == "experts":
+        start, length = shape.mixture.intermediate_start, shape.mixture.intermediate
+    elif shape.mixture is not None and block:
+        start, length = shape.mixture.shared_start, shape.mixture.shared
+    match name:
+        case "router" | "shared_expert_gate":
+            return ProjectionShare(WHOLE, WHOLE)
         case "q_proj" | "o_proj":
-            return ProjectionShare(shape.head_start * dim, shape.heads * dim, projection == "q_proj")
+            start, length = shape.head_start * dim, shape.heads * dim
         case "k_proj" | "v_proj":
-            return ProjectionShare(shape.kv_head_start * dim, shape.kv_heads * dim, True)
-        case _:
-            return ProjectionShare(shape.intermediate_start, shape.intermediate, projection != "down_proj")
+            start, length = shape.kv_head_start * dim, shape.kv_heads * dim
+        case "gate_up_proj" if in_turns:
+            start, length = 2 * start, 2 * length
+    own = slice(start, start + length)
+    return ProjectionShare(WHOLE, own) if name in ("o_proj", "down_proj") else ProjectionShare(own, WHOLE)
 
 
-def _beside(layer: Layer, decoder: Decoder, slots: int, rank: int) -> dict[str, LoraWeights]:
-    config, shape, dim = decoder.config, decoder.shape, decoder.shape.head_dim
-    kv_rows, width = shape.kv_heads * dim, shape.heads * dim
-    sizes: dict[str, tuple[Linear, int, tuple[int, ...]]] = {
-        "qkv": (layer.qkv, config.hidden, (width, kv_rows, kv_rows)),
-        "o": (layer.o, width, (config.hidden,)),
-    }
-    if isinstance(layer.mlp, SwiGLU):  # of experts none are adapted
-        sizes["gate_up"] = layer.mlp.gate_up, config.hidden, (shape.intermediate, shape.intermediate)
-        sizes["down"] = layer.mlp.down, shape.intermediate, (config.hidden,)
-    beside = {}
-    for name, (linear, columns, rows) in sizes.items():
-        linear.lora = beside[name] = LoraWeights(slots, rank, columns, rows, decoder.dtype, decoder.device)
-    return beside
+class _Room:
+    """For so many adapters of so large a rank."""
+
+    def __init__(self, decoder: Decoder, slots: int, rank: int) -> None:
+        self._decoder, self._slots, self._rank = decoder, slots, rank
+
+    def beside(self, layer: Layer) -> dict[str, LoraWeights]:
+        shape, hidden = self._decoder.shape, self._decoder.config.hidden
+        width, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        layer.qkv.lora, layer.o.lora = qkv, o = self._of(hidden, width, kv_rows, kv_rows), self._of(width, hidden)
+        of_mlp = self._mlp(layer.mlp, shape.intermediate) if isinstance(layer.mlp, SwiGLU) else self._mixture(layer.mlp)
+        return {"qkv": qkv, "o": o} | of_mlp
+
+    def _mlp(self, mlp: SwiGLU, width: int, block: str = "") -> dict[str, LoraWeights]:
+        hidden = self._decoder.config.hidden
+        mlp.gate_up.lora, mlp.down.lora = gate_up, down = self._of(hidden, width, width), self._of(width, hidden)
+        return {f"{block}gate_up": gate_up, f"{block}down": down}
+
+    def _mixture(self, mixture: Mixture) -> dict[str, LoraWeights]:
+        """A stack whose gates and ups are in turns has one A for both, as its adapters have."""
+        shape, experts, hidden = mixture.shape, mixture.experts, self._decoder.config.hidden
+        ups = (2 * shape.intermediate,) if experts.in_turns else (shape.intermediate, shape.intermediate)
+        gate_up = self._of(hidden, *ups, experts=shape.experts)
+        down = self._of(shape.intermediate, hidden, experts=shape.experts)
+        experts.adapt(gate_up, down)
+        gates = (mixture.config.experts, 1) if mixture.shared is not None else (mixture.config.experts,)
+        mixture.router.lora = router = self._of(hidden, *gates)
+        shared = self._mlp(mixture.shared, shape.shared, "shared_expert.") if mixture.shared is not None else {}
+        return {"experts.gate_up": gate_up, "experts.down": down, "router": router} | shared
+
+    def _of(self, columns: int, *rows: int, experts: int | None = None) -> LoraWeights:
+        return LoraWeights.empty(self._slots, self._rank, columns, rows, self._decoder.dtype, self._decoder.device, experts)

@@ -14,7 +14,7 @@ import torch
 from benchmarks.models.zoo import make
 from scheduler.protocol.messages import FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
-from tests.shared.adapters import make_adapter
+from tests.shared.adapters import OF_EXPERTS, make_adapter
 from tests.shared.checkpoints import make_checkpoint
 from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
@@ -219,13 +219,16 @@ def test_layers_of_every_form(kind: str, implementation: str, tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["checkpoint", "with_experts"])
 def test_rows_of_several_adapters_and_of_none_get_the_tokens_of_a_cpu(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as there are slots, and one more: it waits until one of them is used no more."""
+    checkpoint = request.getfixturevalue(kind)
+    monkeypatch.setattr(experts, "can_pack", lambda *_: False)
     model, adapters = read_config(checkpoint), []
     for number, rank in enumerate((3, 16, 20)):
-        folder = make_adapter(tmp_path / str(number), checkpoint, rank=rank, seed=number)
+        folder = make_adapter(tmp_path / str(number), checkpoint, rank=rank, seed=number, targets=OF_EXPERTS)
         adapters.append(read_adapter(str(number), folder, model, 32).adapter)
     works = [replace(work, adapter=adapter) for work, adapter in zip(WORKS, [*adapters, None, adapters[0]], strict=True)]
     room = {"max_loras": 2, "max_lora_rank": 32}

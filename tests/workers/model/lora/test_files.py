@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.shared.adapters import make_adapter
+from benchmarks.models.zoo import make
+from tests.shared.adapters import OF_EXPERTS, make_adapter, make_stacked
 from tests.shared.checkpoints import make_checkpoint
 from workers.model.config.architectures import ModelConfig, read_config
 from workers.model.config.fields import CheckpointError
@@ -116,6 +117,89 @@ def test_tensors_that_would_be_passed_over_are_refused(
     save_file(tensors, folder / TENSORS)
     with pytest.raises(CheckpointError, match=r"lm_head|lora_embedding|magnitude|missing|layer 2|F8|no tensor"):
         read_adapter("a", folder, model, 16)
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A "square" one has as many numbers in an expert as in a token."""
+    root = tmp_path_factory.mktemp("mixtures")
+    square = make("mixtral", root / "square", intermediate_size=64, num_hidden_layers=1)
+    return {"square": square} | {family: make(family, root / family) for family in ("mixtral", "gpt_oss", "qwen2_moe")}
+
+
+def test_experts_one_by_one(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, mixtures["mixtral"], targets=OF_EXPERTS)
+    say(folder, rank_pattern={r"experts\.3\.w2": 4, "w1": 4}, alpha_pattern={r"experts\.3\.w2": 2, "gate": 6})
+    found = read_adapter("a", folder, read_config(mixtures["mixtral"]), 16).linears
+    scalings = {(each.projection, each.expert): each.scaling for each in found if each.layer == 1}
+    assert scalings["experts.down_proj", 3] == 0.5
+    assert scalings["experts.down_proj", 2] == scalings["experts.gate_proj", 0] == scalings["experts.up_proj", 3] == 2.0
+    assert scalings["router", None] == 1.5
+    assert len(scalings) == 4 + 1 + 3 * 4
+    assert not any(each.stacked for each in found)
+
+
+def test_experts_in_stacks(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """Which stack has the shorter name depends on which of them are adapted, layer by layer."""
+    model, folder = read_config(mixtures["gpt_oss"]), make_stacked(tmp_path, mixtures["gpt_oss"], rank=6)
+    say(folder, alpha_pattern={"layers.1.mlp.experts.gate_up_proj": 3, "gate_up_proj": 12}, use_rslora=True)
+    found = read_adapter("a", folder, model, 16).linears
+    assert {(each.layer, each.projection): each.scaling for each in found} == {
+        (0, "experts.gate_up_proj"): 12 / 6**0.5, (1, "experts.gate_up_proj"): 3 / 6**0.5,
+        (0, "experts.down_proj"): 8 / 6**0.5, (1, "experts.down_proj"): 8 / 6**0.5,
+    }  # fmt: skip
+    say(folder, target_parameters=["layers.0.mlp.experts.gate_up_proj", "experts.down_proj"])
+    with pytest.raises(CheckpointError, match=r"adapts model\.layers\.1\.mlp\.experts\.base_layer, which adapter_config.json"):
+        read_adapter("a", folder, model, 16)
+    tensors = load_file(folder / TENSORS)
+    save_file({name: tensor for name, tensor in tensors.items() if ".1.mlp.experts.base" not in name}, folder / TENSORS)
+    assert len(read_adapter("a", folder, model, 16).linears) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"target_parameters": ["experts.gate_up_proj_bias", "experts.down_proj"]}, r"adapts .*\.mlp\.experts\.base_layer, which"),
+     ({"target_parameters": "experts.down_proj"}, "must be a list"), ({"r": 3}, "shape"),
+     ({"target_parameters": None, "target_modules": "all-linear"}, "leaves out")],
+)  # fmt: skip
+def test_stacks_that_are_not_meant_are_refused(
+    fields: dict[str, Any], said: str, mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = make_stacked(tmp_path, mixtures["qwen2_moe"])
+    say(folder, **fields)
+    with pytest.raises(CheckpointError, match=said):
+        read_adapter("a", folder, read_config(mixtures["qwen2_moe"]), 16)
+
+
+def test_outputs_and_inputs_are_told_apart(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """By shapes, and where these are square by PEFT's version."""
+    square, other = (read_config(mixtures[name]) for name in ("square", "mixtral"))
+    for turned in (False, True):
+        for name, model in (("square", square), ("mixtral", other)):
+            folder = make_stacked(tmp_path / f"{name}{turned}", mixtures[name], turned=turned)
+            assert {each.turned for each in read_adapter("a", folder, model, 16).linears} == {turned}
+    folder = make_stacked(tmp_path / "downs", mixtures["square"], target_parameters=["experts.down_proj"])
+    tensors = {name: tensor for name, tensor in load_file(folder / TENSORS).items() if ".base_layer" not in name}
+    save_file(tensors, folder / TENSORS)
+    for version, told in ((None, False), ("0.18.2", False), ("0.19.1", True), ("0.20.0.dev0", True)):
+        say(folder, peft_version=version)
+        if told:
+            assert not read_adapter("a", folder, square, 16).linears[0].turned
+        else:
+            with pytest.raises(CheckpointError, match="nothing tells outputs from inputs"):
+                read_adapter("a", folder, square, 16)
+
+
+def test_what_a_family_has_not_is_refused(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """Single experts of gpt-oss, a shared expert of Mixtral, MLPs where there are experts."""
+    folder = make_adapter(tmp_path, mixtures["qwen2_moe"], targets=OF_EXPERTS)
+    for family in ("gpt_oss", "mixtral"):
+        with pytest.raises(CheckpointError, match=r"not served \(.*experts.*and its experts and their router are"):
+            read_adapter("a", folder, read_config(mixtures[family]), 16)
+    tensors = {name.replace("shared_expert.", ""): tensor for name, tensor in load_file(folder / TENSORS).items()}
+    save_file(tensors, folder / TENSORS)
+    with pytest.raises(CheckpointError, match=r"not served \(.*mlp\.down_proj"):
+        read_adapter("a", folder, read_config(mixtures["qwen2_moe"]), 16)
 
 
 def test_an_adapter_of_another_model_or_a_larger_one_is_refused(
