@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcache.ids import GroupId, group_of, host_of, is_host
+from kvcache.ids import GroupId, group_of, host_of, is_host, narrow_of
 from kvcache.match import Match, Part
 from scheduler import policy
 from scheduler.placement import why
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, Tokens
+from scheduler.state.window import Window
 
 FEW_GROUPS = 24
 """So many are looked at one by one, at 3 us each; array operations over all of them take 70 us, however many there are."""
@@ -76,7 +77,7 @@ class GroupRouter:
 
     def __init__(self, state: ClusterState) -> None:
         self.explain: why.Tell | None = why.log if state.config.log_decisions else None
-        self._state, self._window = state, state.window
+        self._state, self._window, self._narrow = state, state.window, state.narrow
         self.regroup()
 
     def check(self) -> None:
@@ -226,7 +227,22 @@ class GroupRouter:
         for source, queued, cost in found:
             if source.tokens - bare.hit_tokens >= least:
                 ways.append((self._with(bare, newcomer, group, source, queued, cost), source))
-        return ways
+        if self._narrow is None:
+            return ways
+        return [way for way in ways if self._has_narrow_room(group, newcomer, way[1], bare.running, self._narrow)]
+
+    def _has_narrow_room(
+        self, group: ResidentGroup, newcomer: Newcomer, source: Source | None, running: int, narrow: Window
+    ) -> bool:  # fmt: skip
+        """Whether the blocks of its narrow layers fit as well."""
+        beside, match = narrow_of(group.group), newcomer.match
+        pool, depth = self._state.table.pools[beside], match.depth(group.group)
+        if source is not None:
+            new_blocks = narrow.to_bring(newcomer.blocks, source.depth)
+        else:
+            revived = self._state.table.cached_in_match(beside, match, depth) if depth else 0
+            new_blocks = narrow.new_blocks(newcomer.blocks, depth) + revived
+        return new_blocks <= policy.room(pool.available, pool.total, running)
 
     def _with(
         self, bare: policy.GroupLoad, newcomer: Newcomer, group: ResidentGroup, source: Source, queued: int, cost: float
@@ -243,14 +259,14 @@ class GroupRouter:
     def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
         """The group that could send the most of the prefix, of several the one with the lowest id; None if nobody could.
 
-        A host tier is its own group's alone.
+        A host tier is its own group's alone. Where there are narrow layers whole blocks are sent only.
         """
         state, senders = self._state, self.senders
         if not state.config.prefix_fetch or len(senders) < 2:
             return None
         depths = match.depths
         deepest = max((depth for pool, depth in depths.items() if pool in senders), default=0)
-        pools = [pool for pool in parts if depths.get(pool, 0) == deepest and pool in senders]
+        pools = [pool for pool in parts if depths.get(pool, 0) == deepest and pool in senders and self._narrow is None]
         pool = max(
             (pool for pool in pools if state.table.may_hold(pool, parts[pool])),
             key=lambda pool: (parts[pool].tokens, -pool), default=None,
