@@ -227,10 +227,14 @@ def interrupt(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> 
 def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost: bool = False) -> None:
     """The row and the blocks are given back. Tokens that are still needed have been written back.
 
-    One that waits for its prefix has no row; its blocks stay with the transfer until that is over. lost: the group is.
+    One that waits for its prefix has no row; blocks stay with the transfer that writes them until that is over. lost: the group
+    is.
     """
     if sequence.lease is None:
         del group.fetching[sequence]
+        for blocks in () if lost else sequence.tables:
+            if not state.transfers.writes(blocks):
+                state.table.release(blocks)
         group.touch()
     else:
         if not lost:

@@ -122,8 +122,8 @@ class BareLoop:
             blocks = -(-(len(prompt) + length) // self._config.block_size)
             starts.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks)))
             block += blocks
-        if block > self._built.blocks:
-            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.blocks}")
+        if block > self._built.sizes.blocks:
+            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.sizes.blocks}")
         return starts
 
     def _start(self, row: int, prompt: list[int], length: int, temperature: float, blocks: range) -> Start:

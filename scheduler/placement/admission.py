@@ -225,10 +225,7 @@ class Admission:
         assert sequence.blocks is not None
         sequence.brought = ok or not (sequence.blocks.first or sequence.narrow)
         if group.closed or not sequence.brought:  # without what it sees it cannot begin there
-            arrived = [each for each in sequence.tables if not state.transfers.writes(each)]
             leases.leave(state, group, sequence)
-            for each in arrived:
-                state.table.release(each)
             state.waiting.enter(sequence, state.now_s)
         elif not state.transfers.expected(sequence):
             del group.fetching[sequence]

@@ -227,22 +227,20 @@ class GroupRouter:
         for source, queued, cost in found:
             if source.tokens - bare.hit_tokens >= least:
                 ways.append((self._with(bare, newcomer, group, source, queued, cost), source))
-        if self._narrow is None:
-            return ways
-        return [way for way in ways if self._has_narrow_room(group, newcomer, way[1], bare.running, self._narrow)]
+        return ways
 
-    def _has_narrow_room(
-        self, group: ResidentGroup, newcomer: Newcomer, source: Source | None, running: int, narrow: Window
-    ) -> bool:  # fmt: skip
-        """Whether the blocks of its narrow layers fit as well."""
+    def _lacks_narrow(self, group: ResidentGroup, newcomer: Newcomer, source: Source | None = None) -> bool:
+        """Whether there is no room for the blocks of its narrow layers."""
+        if self._narrow is None:
+            return False
         beside, match = narrow_of(group.group), newcomer.match
         pool, depth = self._state.table.pools[beside], match.depth(group.group)
         if source is not None:
-            new_blocks = narrow.to_bring(newcomer.blocks, source.depth)
+            new_blocks = self._narrow.to_bring(newcomer.blocks, source.depth)
         else:
             revived = self._state.table.cached_in_match(beside, match, depth) if depth else 0
-            new_blocks = narrow.new_blocks(newcomer.blocks, depth) + revived
-        return new_blocks <= policy.room(pool.available, pool.total, running)
+            new_blocks = self._narrow.new_blocks(newcomer.blocks, depth) + revived
+        return new_blocks > policy.room(pool.available, pool.total, len(group.running) + len(group.fetching))
 
     def _with(
         self, bare: policy.GroupLoad, newcomer: Newcomer, group: ResidentGroup, source: Source, queued: int, cost: float
@@ -251,6 +249,9 @@ class GroupRouter:
         window = self._window
         stays = newcomer.match.depth(group.group) if window is None else window.first(source.depth)
         work = policy.fetch_work(cost, self._state.block_size, source.blocks - stays + queued)
+        if self._narrow is not None:
+            lacks = bool(group.starved) or self._lacks_narrow(group, newcomer, source)
+            return bare._replace(hit_tokens=source.tokens, fetch_work=work, starving=lacks)
         if window is None:
             return bare._replace(hit_tokens=source.tokens, fetch_work=work)
         new_blocks = window.to_bring(newcomer.blocks, source.depth)
@@ -291,7 +292,8 @@ class GroupRouter:
         new_blocks = newcomer.blocks - depth if window is None else window.new_blocks(newcomer.blocks, depth)
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_blocks, ...
             hit, new_blocks + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
-            len(group.running) + fetching, group.coming if fetching else group.backlog, bool(group.starved), 0.0, revived,
+            len(group.running) + fetching, group.coming if fetching else group.backlog,
+            bool(group.starved) or self._lacks_narrow(group, newcomer), 0.0, revived,
         )  # fmt: skip
 
     def _why(self, newcomer: Newcomer, least: int) -> why.Decision:

@@ -44,6 +44,10 @@ class Window:
         """The first block that is held."""
         return max(0, full - self.seen)
 
+    def at_rest(self, grant_ahead: int, block_size: int) -> int:
+        """Blocks that one holds while it decodes."""
+        return self.seen + 1 - (-grant_ahead // block_size)
+
     def to_bring(self, blocks: int, depth: int) -> int:
         """All blocks of such a sequence, if what it sees after `depth` blocks is brought to it."""
         return min(blocks - self.first(depth), self.most)

@@ -38,7 +38,7 @@ def require_untouched(rank: Stepped, pattern: int, leases: list[Lease]) -> None:
         if lease.finish is FinishReason.STOP and lease.computed // rank.block < len(lease.blocks)
     ]
     same = (pool == pattern).flatten(4).all(-1).all(2).all(1).cpu()
-    scratch = rank.built.blocks
+    scratch = rank.built.sizes.blocks
     wrong = (~same & ~given).nonzero().tolist()
     assert [place for place in wrong if place[0] != scratch and place not in further] == [], (
         "(block, slot) written that nobody was given"

@@ -97,7 +97,7 @@ class Stepped:
         self.block = self.config.block_size
         self.turns = 0
         self._ends = read_model(checkpoint).eos_ids
-        order = list(range(self.built.blocks))
+        order = list(range(self.built.sizes.blocks))
         random.Random(1).shuffle(order)
         self.free_blocks = deque(order)
         self.free_rows = deque(range(self.config.max_num_seqs))

@@ -69,7 +69,7 @@ def test_it_has_the_tokens_of_prompts_and_of_outputs(depth: int, steps: int) -> 
     assert isinstance(executor, SimulatedExecutor)
     for at, token in enumerate(tokens.tolist()):  # whatever it says, the KV there is of exactly these tokens
         state = digest(state, token)
-        assert executor.cache[blocks[at // 4], at % 4] == state
+        assert executor.caches[0][blocks[at // 4], at % 4] == state
 
 
 def test_a_hit_is_known_though_nobody_here_has_computed_it() -> None:
