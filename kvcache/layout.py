@@ -118,22 +118,30 @@ class BlockLayout:
         return blocks
 
 
+NARROW_SHARE = 4
+"""One part in so many of the memory is given to narrow layers for the sake of rows that may stay short."""
+
+
 def divide(
     memory_bytes: int, block_bytes: int, narrow_bytes: int, *, longest: int, rows: int, at_rest: int, at_once: int
 ) -> PoolSizes:  # fmt: skip
     """Memory for blocks of both kinds of layer. block_bytes, narrow_bytes: of a block of those that see all, and of a narrow one.
 
     longest: blocks of the longest sequence. rows: sequences at once. at_rest, at_once: narrow blocks that one holds while it
-    decodes, and at most. Narrow ones are twice what all rows hold at rest, for those that run and for prefixes to be hit, and
-    two prompts more; but no more than the others, beside each of which one stands. What the others cannot use is theirs, too.
-    Raises ValueError where not even one sequence's narrow blocks, and as many others, fit.
+    decodes, and at most. Narrow ones are there for two prompts, and for as many of the longest sequences at rest as the others
+    hold, or, in a part of the memory, for all rows; but no more than the others, beside each of which one stands. What the
+    others cannot use is theirs, too. Where memory is short there are as many of both.
+    Raises ValueError where not even one of both fits.
     """
-    most, both = min(longest, at_once), memory_bytes // (block_bytes + narrow_bytes)
-    if both < most:
+    both = memory_bytes // (block_bytes + narrow_bytes)
+    if both < 1:
         raise ValueError(
-            f"{memory_bytes:,} bytes of KV memory hold {both} blocks, and a sequence holds {most} of layers that see a window: "
-            "raise kv_memory, or lower max_num_batched_tokens or block_size"
+            f"{memory_bytes:,} bytes of KV memory hold no block: one takes {block_bytes + narrow_bytes:,} bytes on this rank: "
+            "raise kv_memory or lower block_size"
         )
-    narrow = min(both, max(most, 2 * (rows * min(longest, at_rest) + most)))
+    at_rest, prompts = min(longest, at_rest), 2 * min(longest, at_once)
+    fit = memory_bytes // (longest * block_bytes + at_rest * narrow_bytes)
+    short = min(rows * at_rest + prompts, memory_bytes // NARROW_SHARE // narrow_bytes)
+    narrow = min(both, max(min(fit, rows) * at_rest + prompts, short))
     blocks = min((memory_bytes - narrow * narrow_bytes) // block_bytes, rows * longest)
     return PoolSizes(blocks, min(blocks, (memory_bytes - blocks * block_bytes) // narrow_bytes))

@@ -119,7 +119,7 @@ class SchedulerCore:
             self.group_down(group, "replaced by a newer epoch", returning=True)
         self._epochs[group] = epoch
         if self._state.narrow is not None:
-            self._check_narrow(group, narrow_blocks, host_blocks, host_narrow_blocks)
+            self._check_narrow(group, blocks, narrow_blocks, host_blocks, host_narrow_blocks)
         self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
         if self._state.narrow is not None:
             self._add_narrow_pools(group, narrow_blocks, host_narrow_blocks, narrow_standing)
@@ -149,12 +149,15 @@ class SchedulerCore:
                 self.table.remove_group(pool)
             raise ProtocolError(f"group {min(pools)} says of its pool what cannot be: {error}") from error
 
-    def _check_narrow(self, group: GroupId, blocks: int, host_blocks: int, host_narrow_blocks: int) -> None:
-        """Errors: ProtocolError where not even one sequence fits, or only one kind of layer has host memory."""
+    def _check_narrow(
+        self, group: GroupId, blocks: int, narrow_blocks: int, host_blocks: int, host_narrow_blocks: int
+    ) -> None:  # fmt: skip
+        """Whoever fits its other pool fits that of narrow layers, alone. Errors: ProtocolError; also where only one kind of
+        layer has host memory."""
         narrow = self._state.narrow
         longest = -(-self.resolved.max_model_len // self.config.block_size)
-        if narrow is not None and blocks < min(narrow.most, longest):
-            raise ProtocolError(f"group {group} has {blocks} blocks of narrow layers, a sequence holds {narrow.most}")
+        if narrow is not None and narrow_blocks < min(narrow.most, longest, blocks):
+            raise ProtocolError(f"group {group} has {narrow_blocks} blocks of narrow layers, a sequence may hold {narrow.most}")
         if bool(host_blocks) != bool(host_narrow_blocks):
             raise ProtocolError(f"group {group} has {host_blocks} blocks in host memory, and {host_narrow_blocks} narrow ones")
 

@@ -119,6 +119,11 @@ class ResidentBatch:
         self.unready: set[int] = set()  # rows whose adapter is not resident: they are in no step
         self._pooling: dict[int, Pooling] = {}  # of rows that have no output, until their prompt is computed
 
+    @property
+    def kinds(self) -> list[BlockTables]:
+        """Of each kind of layer."""
+        return [self.full] if self.narrow is None else [self.full, self.narrow]
+
     # ---- the log
 
     def apply(self, command: Command) -> None:
@@ -148,9 +153,8 @@ class ResidentBatch:
 
     def forget_edits(self) -> None:
         """Of the block tables: whoever executes steps has seen them."""
-        self.full.edited.clear()
-        if self.narrow is not None:
-            self.narrow.edited.clear()
+        for tables in self.kinds:
+            tables.edited.clear()
 
     def holds(self, lease: LeaseId) -> bool:
         """The lease has not ended on this side."""
@@ -200,9 +204,8 @@ class ResidentBatch:
             self.vacated.append(row)
         self.lease[row] = -1
         self.known[row] = self.computed[row] = self.granted[row] = 0
-        self.full.clear(row)
-        if self.narrow is not None:
-            self.narrow.clear(row)
+        for tables in self.kinds:
+            tables.clear(row)
         self._measured.pop(row, None)
         self._pooling.pop(row, None)
 

@@ -140,8 +140,7 @@ class SimulatedExecutor:
 
     def _kinds(self, batch: ResidentBatch, row: int) -> list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]]:
         """Of each kind of layer the blocks, and the row's ids of them."""
-        tables = [batch.full] if batch.narrow is None else [batch.full, batch.narrow]
-        return [(cache, table.ids[row]) for cache, table in zip(self.caches, tables, strict=True)]
+        return [(cache, table.ids[row]) for cache, table in zip(self.caches, batch.kinds, strict=True)]
 
     def _write(self, batch: ResidentBatch, row: int, first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""
