@@ -153,7 +153,7 @@ def test_a_command_for_an_ended_lease_is_a_no_op(late: Grant | Remap | Drop | Tr
         resident.full.ids.tolist(),
         resident.known.tolist(),
     )
-    assert not resident.first.any()
+    assert not resident.full.first.any()
     assert resident.applied == 3 + reused
 
 
