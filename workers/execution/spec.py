@@ -1,17 +1,32 @@
 """What a rank's runner is made for, known before a weight is read. Imports what describes it, and torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kvcache.layout import BlockLayout, KVScales, LayerKinds, PoolSizes, divide
 from kvcache.pool import KVPool
+from scheduler.config.core import Resolved
 from scheduler.state.window import Window
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.config.architectures import RankShape
 from workers.model.reading import DecoderConfig
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
+
+
+def pool_sizes(memory: int, layouts: Sequence[BlockLayout], resolved: Resolved, rows: int) -> PoolSizes:
+    """Blocks of each pool in so many bytes, no more than all rows at full length could fill. layouts: of each kind of layer.
+    Errors: ValueError if not even one fits."""
+    layout, block_size = layouts[0], layouts[0].block_size
+    longest, narrow = layout.blocks_for(resolved.max_model_len), Window.of_narrow(resolved, block_size)
+    if narrow is None:
+        return PoolSizes(min(layout.blocks_in(memory), rows * longest))
+    return divide(
+        memory, layout.block_bytes, layouts[1].block_bytes, longest=longest, rows=rows,
+        at_rest=narrow.at_rest(resolved.grant_ahead, block_size), at_once=narrow.most,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +58,7 @@ class RunnerSpec:
     def sizes_in(self, memory: int) -> PoolSizes:
         """Blocks of each pool in so many bytes, no more than all rows at full length could fill. Errors: ValueError if not even
         one fits."""
-        longest, layouts, rows = self.layout.blocks_for(self.resolved.max_model_len), self.layouts, self.config.max_num_seqs
-        narrow = Window.of_narrow(self.resolved, self.layout.block_size)
-        if narrow is None:
-            return PoolSizes(min(self.layout.blocks_in(memory), rows * longest))
-        return divide(
-            memory, layouts[0].block_bytes, layouts[1].block_bytes, longest=longest, rows=rows,
-            at_rest=narrow.at_rest(self.resolved.grant_ahead, self.layout.block_size), at_once=narrow.most,
-        )  # fmt: skip
+        return pool_sizes(memory, self.layouts, self.resolved, self.config.max_num_seqs)
 
     def pools(self, sizes: PoolSizes, *, spare: int = 0) -> list[KVPool]:
         """As many as there are kinds of layers. spare: blocks more in each."""
