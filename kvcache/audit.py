@@ -119,7 +119,7 @@ def lru_order(pool: BlockPool) -> list[BlockId]:
 
 
 def _audit_names(group: GroupId, pool: BlockPool, index: PrefixIndex) -> None:
-    """Blocks and nodes name each other; in pools without a window parents are held wherever children are, and evicted after them."""
+    """Blocks and nodes name each other; in pools without a window parents are held where children are, and evicted later."""
     held = index.blocks[group]
     published = {NodeId(node): BlockId(block) for block, node in enumerate(pool.nodes) if node}
     _check(len(published) == sum(map(bool, pool.nodes)), f"group {group}: two blocks are published as the same node")

@@ -30,7 +30,7 @@ class KVScales:
 
 @dataclass(frozen=True, slots=True)
 class LayerKinds:
-    """Which layers of a model are narrow: they see a window, beside others that see all. narrow: [layers]; some are, not all."""
+    """Which layers of a model are narrow: they see a window, beside others that see all. narrow: [layers]."""
 
     narrow: tuple[bool, ...]
 
@@ -125,7 +125,7 @@ NARROW_SHARE = 4
 def divide(
     memory_bytes: int, block_bytes: int, narrow_bytes: int, *, longest: int, rows: int, at_rest: int, at_once: int
 ) -> PoolSizes:  # fmt: skip
-    """Memory for blocks of both kinds of layer. block_bytes, narrow_bytes: of a block of those that see all, and of a narrow one.
+    """Memory for blocks of both kinds of layer. block_bytes, narrow_bytes: of a block of those that see all, of a narrow one.
 
     longest: blocks of the longest sequence. rows: sequences at once. at_rest, at_once: narrow blocks that one holds while it
     decodes, and at most. Narrow ones are there for two prompts, and for as many of the longest sequences at rest as the others

@@ -93,7 +93,7 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
 
 
 def _trim(state: ClusterState, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, full: int) -> None:
-    """Gives back what its layers do not see any more: steps under way have been launched before this, and none that follow read it."""
+    """Gives back what its layers do not see any more: steps under way were launched before this, no later one reads it."""
     if state.table.trim(blocks, full):
         assert sequence.lease is not None
         group.issue(Trim(sequence.lease, blocks.first, narrow=blocks is sequence.narrow))

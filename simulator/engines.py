@@ -145,7 +145,7 @@ class SimulatedEngine:
             lambda core: core.group_up(
                 group, epoch, sizes.blocks, shape.max_num_seqs, host_blocks=host.blocks, ports=ports,
                 narrow_blocks=sizes.narrow, host_narrow_blocks=host.narrow,
-            )  # fmt: skip
+            )
         )
 
     def fail(self, group: GroupId) -> None:

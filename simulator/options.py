@@ -43,7 +43,8 @@ class ShapeOptions:
         int | None, _flag("--window", "all", "Tokens that every layer of the model sees: blocks before them are given back.")
     ] = None
     narrow: Annotated[
-        int | None, _flag("--narrow", "none do", "Tokens that some layers see, beside others that see all: they have blocks of their own.")
+        int | None,
+        _flag("--narrow", "none do", "Tokens that some layers see, beside others that see all: they have blocks of their own."),
     ] = None
     narrow_share: Annotated[
         float, _flag("--narrow-share", SHAPE.narrow_share, "The part of a token's KV that is these layers'.")

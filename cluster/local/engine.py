@@ -150,7 +150,7 @@ class LocalEngine:
             lambda core: core.group_up(
                 group, EPOCH, sizes.blocks, rows, host_blocks=host.blocks, ports=ports, narrow_blocks=sizes.narrow,
                 host_narrow_blocks=host.narrow,
-            )  # fmt: skip
+            )
         )
 
     def group_lost(self, group: GroupId, reason: str) -> None:

@@ -21,8 +21,8 @@ import msgspec
 from cluster.engine import EngineError
 from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
 from kvcache.ids import GroupId
-from scheduler.logs import configure, configured_format
 from kvcache.layout import PoolSizes
+from scheduler.logs import configure, configured_format
 from scheduler.protocol.leaders import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
 from workers.config import ResolvedWorker, WorkerConfig

@@ -140,9 +140,8 @@ def _bytes(kinds: list[Kind], rows: int = 1) -> int:
 def _needs_line(taken: "Footprint", share: float, kinds: list[Kind], rows: int) -> str:
     """What a rank must have, of which `share` is used."""
     needs = in_units(int((taken.weight_bytes + taken.adapter_bytes + _bytes(kinds, rows)) / share))
-    return (
-        f"batch of {rows:<7} {rows * kinds[0].held:,} blocks, at the longest context: {needs} a rank, and what steps need beside"
-    )
+    blocks = rows * kinds[0].held
+    return f"batch of {rows:<7} {blocks:,} blocks, at the longest context: {needs} a rank, and what steps need beside"
 
 
 def _room_lines(room: int, kinds: list[Kind], resolved: "Resolved", rows: int) -> tuple[list[str], bool]:

@@ -179,13 +179,13 @@ class Admission:
 
     def _reserve_narrow(self, newcomer: Newcomer, blocks: SequenceBlocks, source: Source | None) -> SequenceBlocks:
         """Of narrow layers, beside its other blocks: on the same match, or for a window that is brought."""
-        table, narrow, pool = self._state.table, self._state.narrow, narrow_of(blocks.group)
+        state, table, narrow, pool = self._state, self._state.table, self._state.narrow, narrow_of(blocks.group)
         assert narrow is not None
         if source is not None:
             new_blocks = narrow.to_bring(newcomer.blocks, source.depth)
             reserved = table.reserve_window(pool, source.depth, new_blocks, blocks.salt)
         else:
-            new_blocks, copy = narrow.new_blocks(newcomer.blocks, len(blocks.nodes)), self._state.groups[blocks.group].copy_narrow
+            new_blocks, copy = narrow.new_blocks(newcomer.blocks, len(blocks.nodes)), state.groups[blocks.group].copy_narrow
             reserved = table.reserve_beside(blocks, newcomer.match, new_blocks, newcomer.parts.get(pool), copy)
         assert reserved is not None, "policy admitted a sequence that the table has no room for"
         return reserved

@@ -20,7 +20,6 @@ from scheduler.placement import why
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, Tokens
-from scheduler.state.window import Window
 
 FEW_GROUPS = 24
 """So many are looked at one by one, at 3 us each; array operations over all of them take 70 us, however many there are."""

@@ -144,9 +144,10 @@ class SchedulerServer:
     async def _read_inventories(self, hello: Hello, reader: asyncio.StreamReader) -> list[Inventory]:
         """What its pool holds, in parts. Errors: ProtocolError if it goes before it has said all, or says too much."""
         told: list[Inventory] = []
+        most = hello.blocks + hello.host_blocks + hello.narrow_blocks  # each part has one block at least
         for _ in range(hello.inventories):
             payload = await read_frame(reader)
-            if payload is None or len(told) == hello.blocks + hello.host_blocks + hello.narrow_blocks:  # each part has one block at least
+            if payload is None or len(told) == most:
                 raise ProtocolError(f"group {hello.group} has not said what stands in its pool")
             told.append(self._inventories.decode(payload))
         return told

@@ -19,8 +19,8 @@ class GroupStats(msgspec.Struct, frozen=True):
     shared_blocks: held by more than one sequence. starved: running sequences that wait for a block. draining: takes no new
     sequences. backlog_tokens: prefill granted but not computed. Since the group came up: evictions of cached blocks; steps,
     their time and the tokens that they computed and sampled; lease_waits: times a sequence found no block to grow into.
-    expert_layers, expert_imbalance, expert_busiest: of a model with experts, as in `ExpertBalance`. narrow_blocks: of layers that
-    see a window beside others that see all, which have a pool of their own; free, held, and evictions of it.
+    expert_layers, expert_imbalance, expert_busiest: of a model with experts, as in `ExpertBalance`. narrow_blocks: of layers
+    that see a window beside others that see all, which have a pool of their own; free, held, and evictions of it.
     """
 
     group: int

@@ -136,7 +136,8 @@ class BlockTableMachine(RuleBasedStateMachine):
             )  # fmt: skip
             assert match.depth(other) == depth
             self.events["hit in the midst"] += not all(all(held[:depth]) for held in there.values())
-            self.events["hit cut back"] += self.narrow is not None and all(there[other][: depth + 1]) and depth < len(there[other])
+            cut = self.narrow is not None and depth < len(there[other]) and all(there[other][: depth + 1])
+            self.events["hit cut back"] += cut
             best = min(self.best_part(pool, salt, tuple(tokens[:limit]), depth) for pool in pools)
             for pool in pools:
                 found = parts[pool].tokens if pool in parts else 0

@@ -526,15 +526,14 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
 def walk(
     seed: int, events: int, more: dict[str, float], window: int | None = None, narrow: int | None = None
 ) -> Counter[str]:  # fmt: skip
-    """more: what happens beside `FREQUENCIES`, and how often. window: tokens that the model sees. narrow: that its narrow layers
-    do."""
+    """more: beside `FREQUENCIES`, and how often. window, narrow: tokens that all layers, that narrow layers see."""
     frequencies = FREQUENCIES | more
     draw = random.Random(seed)
     machine = CoreMachine()
     roomy = seed % 3 == 2  # nobody waits, as a rule, and who has to give way can go elsewhere
     machine.start(
-        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([3 if window or narrow else 5, 16]), seed % 2,
-        1 + seed % 3, seed % 2 == 0, None, 2, True, 0 if roomy else 12, window, narrow,
+        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([3 if window or narrow else 5, 16]),
+        seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2, True, 0 if roomy else 12, window, narrow,
     )  # fmt: skip
     for _ in range(events):
         if not roomy or not machine.cluster.core.waiting.count:

@@ -33,4 +33,4 @@ class Beside:
         same = (self.other_life[known] == contents.life[others]) & (contents.filled[others] == contents.block_size)
         known = known[same]
         known = known[np.argsort(-self.used[known], kind="stable")]
-        return [(BlockId(block), BlockId(other)) for block, other in zip(known.tolist(), self.other[known].tolist(), strict=True)]
+        return list(zip(map(BlockId, known.tolist()), map(BlockId, self.other[known].tolist()), strict=True))

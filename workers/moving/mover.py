@@ -35,8 +35,8 @@ LaneKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's part in one transfer. group, epoch: of the other side. blocks: of `pool`. port: "host:port" where to fetch; ""
-    for a sender.
+    """This rank's part in one transfer. group, epoch: of the other side. blocks: of `pool`. port: "host:port" where to fetch;
+    "" for a sender.
 
     ready: the steps that were launched before; before they are done, no block of it may be read or written.
     """

@@ -1,4 +1,4 @@
-"""Models some of whose layers see a window, and others all: each kind has blocks of its own, and the tokens are transformers'."""
+"""Models some of whose layers see a window, and others all: each kind has its own blocks, and the tokens are transformers'."""
 
 from pathlib import Path
 from typing import Any

@@ -29,7 +29,7 @@ class Recorder:
         self.calls.append(f"release {row}")
 
     def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None:
-        self.calls.append(f"copy {source} {target} {tokens}")
+        self.calls.append(f"copy {source} {target} {tokens}{' narrow' if narrow else ''}")
 
     def close(self) -> None:
         self.calls.append("close")

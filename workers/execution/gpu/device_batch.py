@@ -45,8 +45,8 @@ class NarrowTables(NamedTuple):
 
 class DeviceBatch:
     """max_num_seqs: rows of the batch. blocks: width of a block table. most: sequences in one decode step. scratch_block: where
-    padding writes. narrow_scratch: the same of narrow layers, where these have block tables of their own. prefixes: how attention
-    shares them.
+    padding writes. narrow_scratch: the same of narrow layers, where these have block tables of their own. prefixes: how
+    attention shares them.
 
     Invariant: before each decode step the device's positions of its rows are the host's, and nothing else of it is read.
     """

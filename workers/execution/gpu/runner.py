@@ -87,8 +87,9 @@ class GpuRunner:
 
     model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps of few
     prefill tokens, which are captured, as are larger ones where `attention` lets them. most: decodes in one step. largest:
-    prefill tokens of a step that may be captured. lora_slots: of adapters; a step in which no row has one is as without. pool: of
-    all layers, or of those that see all where there are `narrow` ones beside them. check: called when a step has ended, before anybody reads its tokens: raises if they may be wrong, which the device does not tell.
+    prefill tokens of a step that may be captured. lora_slots: of adapters; a step in which no row has one is as without. pool:
+    of all layers, or of those that see all where there are `narrow` ones beside them. check: called when a step has ended,
+    before anybody reads its tokens: raises if they may be wrong, which the device does not tell.
     """
 
     def __init__(
@@ -237,11 +238,13 @@ class GpuRunner:
         """Device tensors alone, at addresses that stay: may be captured."""
         state = self._state
         state.gather(size)
-        attend: Attend = self._attend_decodes(self._attention, size, state.step_tables, state.prefixes)
+        full = self._attend_decodes(self._attention, size, state.step_tables, state.prefixes)
+        attend: Attend = full
         slots: Slots = state.slots[:size]
         if self._narrow is not None and state.narrow is not None:
             beside = self._attend_decodes(self._narrow.attention, size, state.narrow.step_tables, None)
-            attend, slots = KindsAttend([attend, beside], self._narrow.kinds), (slots, state.narrow.slots[:size])
+            attend = KindsAttend([full, beside], self._narrow.kinds)
+            slots = state.slots[:size], state.narrow.slots[:size]
         adapters = DeviceRows(state.adapters.index_select(0, state.order[:size]), self._lora_slots) if adapted else None
         return self._model.logits(
             state.tokens[:size], state.positions[:size], slots, attend, adapters=adapters

@@ -76,7 +76,8 @@ are disturbed: 116 instead of 103 us for the four of a layer at 8B."""
 
 
 class FusedDecoder:
-    """One rank's decoder over one pool, or one for each kind of layer. Every rank of a group makes the same calls: they meet in the collectives.
+    """One rank's decoder over one pool, or one for each kind of layer. Every rank of a group makes the same calls: they meet in
+    the collectives.
 
     decoder: filled. pool: where the step's keys and values are written. scratch_slot: tokens from this slot on are padding,
     which goes through no experts; None: there is none.
@@ -113,8 +114,8 @@ class FusedDecoder:
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
         the model's dtype; padding is -inf.
 
-        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset, one or two of them; rows [wanted] int32. adapters: of the
-        tokens; None: no token has one.
+        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset, of each pool; rows [wanted] int32.
+        adapters: of the tokens; None: no token has one.
         """
         if len(tokens) <= self._few_tokens and rows is None and adapters is None:
             return self._few(tokens, positions, slots, attend)

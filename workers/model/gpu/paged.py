@@ -16,9 +16,9 @@ from workers.model.gpu.fused import Attend, Slots
 
 
 class PagedTransformers:
-    """One rank's decoder over one pool, or one for each kind of layer, behind the interface of `workers.model.gpu.fused.FusedDecoder`. Everything is driven by
-    device tensors, so a step of decodes can be captured in a CUDA graph: then the class's Python costs nothing. The kernels can
-    attend for its layers (`Survey.kernels_lack`).
+    """One rank's decoder over one pool, or one for each kind of layer, behind the interface of
+    `workers.model.gpu.fused.FusedDecoder`. Everything is driven by device tensors, so a step of decodes can be captured in a
+    CUDA graph: then the class's Python costs nothing. The kernels can attend for its layers (`Survey.kernels_lack`).
     """
 
     def __init__(self, decoder: TransformersDecoder, pool: KVPool | KVPools) -> None:
