@@ -118,30 +118,25 @@ class BlockLayout:
         return blocks
 
 
-NARROW_SHARE = 4
-"""One part in so many of the memory is given to narrow layers for the sake of rows that may stay short."""
-
-
 def divide(
     memory_bytes: int, block_bytes: int, narrow_bytes: int, *, longest: int, rows: int, at_rest: int, at_once: int
 ) -> PoolSizes:  # fmt: skip
     """Memory for blocks of both kinds of layer. block_bytes, narrow_bytes: of a block of those that see all, of a narrow one.
 
     longest: blocks of the longest sequence. rows: sequences at once. at_rest, at_once: narrow blocks that one holds while it
-    decodes, and at most. Narrow ones are there for two prompts, and for as many of the longest sequences at rest as the others
-    hold, or, in a part of the memory, for all rows; but no more than the others, beside each of which one stands. What the
-    others cannot use is theirs, too. Where memory is short there are as many of both.
+    decodes, and at most. Both kinds run out together where sequences are of middle length, the geometric mean of the longest
+    and of one that holds as many of both, and hold half of what they hold at once and half of what they do at rest. Narrow
+    blocks are one sequence's at least, and never more than the others, beside each of which one stands. What the others cannot
+    use is theirs, too. Where memory is short there are as many of both.
     Raises ValueError where not even one of both fits.
     """
-    both = memory_bytes // (block_bytes + narrow_bytes)
+    both, most = memory_bytes // (block_bytes + narrow_bytes), min(longest, at_once)
     if both < 1:
         raise ValueError(
             f"{memory_bytes:,} bytes of KV memory hold no block: one takes {block_bytes + narrow_bytes:,} bytes on this rank: "
             "raise kv_memory or lower block_size"
         )
-    at_rest, prompts = min(longest, at_rest), 2 * min(longest, at_once)
-    fit = memory_bytes // (longest * block_bytes + at_rest * narrow_bytes)
-    short = min(rows * at_rest + prompts, memory_bytes // NARROW_SHARE // narrow_bytes)
-    narrow = min(both, max(min(fit, rows) * at_rest + prompts, short))
+    beside = (min(longest, at_rest) + most) / 2 / math.sqrt(longest * most)  # narrow blocks for each of the others
+    narrow = min(both, max(most, round(beside * memory_bytes / (block_bytes + beside * narrow_bytes))))
     blocks = min((memory_bytes - narrow * narrow_bytes) // block_bytes, rows * longest)
     return PoolSizes(blocks, min(blocks, (memory_bytes - blocks * block_bytes) // narrow_bytes))
