@@ -125,18 +125,19 @@ def divide(
 
     longest: blocks of the longest sequence. rows: sequences at once. at_rest, at_once: narrow blocks that one holds while it
     decodes, and at most. Both kinds run out together where sequences are of middle length, the geometric mean of the longest
-    and of one that holds as many of both, and hold half of what they hold at once and half of what they do at rest. Narrow
+    (for which there is room with as many of both) and of one that holds as many of both, and half of them are prompts. Narrow
     blocks are one sequence's at least, and never more than the others, beside each of which one stands. What the others cannot
     use is theirs, too. Where memory is short there are as many of both.
     Raises ValueError where not even one of both fits.
     """
-    both, most = memory_bytes // (block_bytes + narrow_bytes), min(longest, at_once)
+    both = memory_bytes // (block_bytes + narrow_bytes)
     if both < 1:
         raise ValueError(
             f"{memory_bytes:,} bytes of KV memory hold no block: one takes {block_bytes + narrow_bytes:,} bytes on this rank: "
             "raise kv_memory or lower block_size"
         )
-    beside = (min(longest, at_rest) + most) / 2 / math.sqrt(longest * most)  # narrow blocks for each of the others
+    longest_here, most = min(longest, both), min(longest, both, at_once)
+    beside = (min(at_rest, most) + most) / 2 / math.sqrt(longest_here * most)  # narrow blocks for each of the others
     narrow = min(both, max(most, round(beside * memory_bytes / (block_bytes + beside * narrow_bytes))))
     blocks = min((memory_bytes - narrow * narrow_bytes) // block_bytes, rows * longest)
     return PoolSizes(blocks, min(blocks, (memory_bytes - blocks * block_bytes) // narrow_bytes))

@@ -58,7 +58,7 @@ def test_memory_is_divided_and_not_exceeded(memory: int, block: int, narrow: int
 
 
 def test_what_narrow_layers_do_not_need_is_for_the_others() -> None:
-    assert divide(6_200, 10, 52, longest=512, rows=256, at_rest=6, at_once=16) == PoolSizes(380, 46)
+    assert divide(6_200, 10, 52, longest=512, rows=256, at_rest=6, at_once=16) == PoolSizes(256, 70)
     assert divide(6_200, 10, 52, longest=2, rows=3, at_rest=6, at_once=16) == PoolSizes(6, 6), "more could not be used"
     with pytest.raises(ValueError, match=r"61 bytes of KV memory hold no block: one takes 62 bytes"):
         divide(61, 10, 52, longest=512, rows=256, at_rest=6, at_once=16)
