@@ -374,7 +374,7 @@ class BlockTable:
 
     def first_seen(self, pool: GroupId, depth: int) -> int:
         """The first block of the pool of which something is seen from the token on that follows `depth` whole blocks."""
-        window_blocks = self.window_of(pool)
+        window_blocks = self.narrow_blocks if is_narrow(pool) else self.window_blocks
         return 0 if window_blocks is None else max(0, depth - window_blocks)
 
     def trim(self, seq: SequenceBlocks, depth: int) -> int:
@@ -398,7 +398,7 @@ class BlockTable:
     def _require(self, match: Match, group: GroupId, depth: int) -> None:
         """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""
         assert match.generation == self.index.generation, "a block was evicted since this match; match again"
-        there = match.depth(GroupId(group & ~NARROW))
+        there = match.depth(GroupId(group & ~NARROW) if self.index.given_back else group)
         assert 0 <= depth <= there, f"group {group} holds {there} matched blocks, not {depth}"
         whole = not self.index.given_back or depth in (0, there) or self.window_of(group) is None
         assert whole, f"what is seen before {depth} blocks may be gone in group {group}, but not before {there}"

@@ -292,7 +292,7 @@ class GroupRouter:
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_blocks, ...
             hit, new_blocks + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
             len(group.running) + fetching, group.coming if fetching else group.backlog,
-            bool(group.starved) or self._lacks_narrow(group, newcomer), 0.0, revived,
+            bool(group.starved) or (self._narrow is not None and self._lacks_narrow(group, newcomer)), 0.0, revived,
         )  # fmt: skip
 
     def _why(self, newcomer: Newcomer, least: int) -> why.Decision:

@@ -136,8 +136,9 @@ class Sequence:
 
     @property
     def tables(self) -> tuple[SequenceBlocks, ...]:
-        """All that it holds: of each kind of layer."""
-        return tuple(each for each in (self.blocks, self.narrow) if each is not None)
+        """All that it holds, once it has blocks: of each kind of layer."""
+        assert self.blocks is not None
+        return (self.blocks,) if self.narrow is None else (self.blocks, self.narrow)
 
     @property
     def priority(self) -> int:
