@@ -47,6 +47,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         grant_ahead=2 * (steps + DEPTH[device]),
         window=model.window(longest),
         prefill_ahead=prefill_ahead(config, DEPTH[device]),
+        narrow=model.narrow(longest)[1],
         device=device,
         threads=config.threads or threads,
         report_steps=steps,

@@ -10,7 +10,7 @@ import xxhash
 
 from kvcache.blocks import BlockPool
 from kvcache.hashing import salt_seed
-from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.ids import NARROW, BlockId, GroupId, NodeId, is_narrow
 from kvcache.index import PrefixIndex
 from kvcache.table import GIVEN_BACK, BlockTable, SequenceBlocks
 
@@ -33,6 +33,10 @@ def audit(table: BlockTable, sequences: Iterable[SequenceBlocks]) -> None:
         _audit_holders(group, pool, by_group[group])
         _audit_states(group, pool)
         _audit_names(group, pool, table.index)
+    _check(
+        table.narrow_blocks is None or {NARROW ^ pool for pool in table.pools} == table.pools.keys(),
+        "a pool has no narrow layers' pool beside it, or that has none",
+    )
 
 
 def _check(condition: bool, message: str) -> None:
@@ -41,13 +45,18 @@ def _check(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def _window_blocks(index: PrefixIndex, pool: GroupId) -> int | None:
+    """How many blocks before the next one are needed, of those in this pool; None: all."""
+    return index.narrow_blocks if is_narrow(pool) else index.window_blocks
+
+
 def _audit_sequence(index: PrefixIndex, pool: BlockPool, seq: SequenceBlocks) -> None:
     """One row of the table: a published prefix that is a chain of the index, then private blocks."""
     name = f"a sequence of group {seq.group} with blocks {seq.blocks}"
     _check(len(seq.nodes) <= len(seq.blocks), f"{name} has {len(seq.nodes)} nodes, more than blocks")
     _check(len(set(seq.held)) == len(seq.held), f"{name} has a block twice")
     _check({*seq.blocks[: seq.first]} <= {GIVEN_BACK}, f"{name} names blocks before {seq.first}, which it has given back")
-    seen = len(seq.nodes) - (index.window_blocks or len(seq.nodes))
+    seen = len(seq.nodes) - (_window_blocks(index, seq.group) or len(seq.nodes))
     _check(not seq.nodes or seq.first <= max(0, seen), f"{name} has given back what it sees, up to block {seq.first}")
     parent = index.roots.get(seq.salt)
     held = index.blocks[seq.group]
@@ -110,7 +119,7 @@ def lru_order(pool: BlockPool) -> list[BlockId]:
 
 
 def _audit_names(group: GroupId, pool: BlockPool, index: PrefixIndex) -> None:
-    """Blocks and nodes name each other; without a window parents are held wherever children are, and evicted after them."""
+    """Blocks and nodes name each other; in pools without a window parents are held where children are, and evicted later."""
     held = index.blocks[group]
     published = {NodeId(node): BlockId(block) for block, node in enumerate(pool.nodes) if node}
     _check(len(published) == sum(map(bool, pool.nodes)), f"group {group}: two blocks are published as the same node")
@@ -119,7 +128,7 @@ def _audit_names(group: GroupId, pool: BlockPool, index: PrefixIndex) -> None:
     for node, block in held.items():
         _check(bool(index.holders[node] >> group & 1), f"group {group} holds node {node} but is not in its holder mask")
         parent = index.parents[node]
-        if index.window_blocks is not None or not index.parents[parent]:  # a root, which no group holds
+        if _window_blocks(index, group) is not None or not index.parents[parent]:  # a root, which no group holds
             continue
         _check(parent in held, f"group {group} holds node {node} but not its parent {parent}")
         above = held[parent]
@@ -141,7 +150,8 @@ def _audit_index(index: PrefixIndex) -> None:
     for node in live:
         parent = index.parents[node]
         _check(parent in live or parent in index.salts, f"node {node} is under node {parent}, which is dead")
-        needed = masks[node] != 0 or (index.window_blocks is not None and children[node] > 0)
+        windowed = index.window_blocks is not None or index.narrow_blocks is not None
+        needed = masks[node] != 0 or (windowed and children[node] > 0)
         _check(needed, f"node {node} is alive but no group holds it")
         _check(index.holders[node] == masks[node], f"node {node} has not the holder mask {masks[node]:b}")
         _check(index.children[node] == children[node], f"node {node} has not a count of {children[node]} children")

@@ -17,16 +17,29 @@ NodeId = NewType("NodeId", int)
 HOST = 1 << 10
 """More than there are groups: the host memory of group g is pool HOST + g of the table, in everything a pool like others."""
 
+NARROW = 1 << 11
+"""Of a model some of whose layers see a window and others all: the narrow ones' part of what stands in the blocks of pool p has
+blocks of its own, in pool NARROW + p of the table."""
+
 
 def host_of(group: GroupId) -> GroupId:
     """The pool of the blocks that a group keeps in host memory."""
     return GroupId(HOST + group)
 
 
-def group_of(host: GroupId) -> GroupId:
-    """Whose host memory it is."""
-    return GroupId(host - HOST)
+def narrow_of(pool: GroupId) -> GroupId:
+    """The pool of the narrow layers beside that one."""
+    return GroupId(NARROW + pool)
+
+
+def group_of(pool: GroupId) -> GroupId:
+    """Whose it is."""
+    return GroupId(pool & HOST - 1)
 
 
 def is_host(pool: GroupId) -> bool:
-    return pool >= HOST
+    return pool & HOST != 0
+
+
+def is_narrow(pool: GroupId) -> bool:
+    return pool & NARROW != 0

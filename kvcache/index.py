@@ -11,10 +11,13 @@ import numpy.typing as npt
 
 from kvcache.hashing import TOKEN_DTYPE, block_bytes, hash_run, salt_seed
 from kvcache.heads import HeadLists
-from kvcache.ids import BlockId, GroupId, NodeId
-from kvcache.match import EVERYWHERE, Match, Part, common_prefix, deepest, groups_of
+from kvcache.ids import NARROW, BlockId, GroupId, NodeId, is_narrow, narrow_of
+from kvcache.match import EVERYWHERE, Match, Part, common_prefix, deepest, deepest_seen, groups_of
 
 NO_NODE = NodeId(0)
+
+NOT_NARROW = (1 << NARROW) - 1
+"""Of a holder mask the pools that are no narrow layers'."""
 
 MAX_EVICTED = 1 << 18
 """Hashes of blocks that nobody holds any more which are remembered, so that a miss can be told from a block never seen."""
@@ -45,17 +48,23 @@ class PrefixIndex:
 
     Of a model that sees a window only (`window_blocks`) none of that is so: the beginning of a chain is given back, and
     evicted, while its end is held. A node that nobody holds stays for the sake of those below it, tokens included, so a hit in
-    the midst of a prompt compares all tokens from the first on, as any hit does.
+    the midst of a prompt compares all tokens from the first on, as any hit does. Of a model where only some layers do
+    (`narrow_blocks`) it is so in their pools alone (`kvcache.ids.NARROW`), which have bits and blocks of their own.
 
     Lifetime: a node dies when no group holds it and it has no child; a root (which no group holds) with its last child.
     Ids of the dead are reused. That is safe because no id outlives its node: a sequence's nodes are those of blocks
     that it pins, which are never evicted; a block's node is cleared as it is evicted; a `Match` carries `generation`.
     """
 
-    def __init__(self, block_size: int, stride: int = 0, window_blocks: int | None = None) -> None:
+    def __init__(
+        self, block_size: int, stride: int = 0, window_blocks: int | None = None, narrow_blocks: int | None = None
+    ) -> None:
         """stride: tokens of a block by which those that begin alike are found, below block_size; 0: only whole blocks match.
-        window_blocks: before the end of a hit, of which something is seen by whoever goes on there; None: all are."""
-        self.window_blocks = window_blocks
+        window_blocks: before the end of a hit, of which something is seen by whoever goes on there; None: all are.
+        narrow_blocks: the same of narrow layers, where others see all; None: there are none."""
+        self.window_blocks, self.narrow_blocks = window_blocks, narrow_blocks
+        self.given_back = window_blocks is not None or narrow_blocks is not None
+        """Some pool may lack what is before that which it holds."""
         self.block_bytes = block_size * TOKEN_DTYPE.itemsize
         self._head_bytes = stride * TOKEN_DTYPE.itemsize
         self.stride = stride
@@ -99,7 +108,7 @@ class PrefixIndex:
                 nodes[depth] = node
             parent = node
         depths = self._depths(nodes)
-        if self.window_blocks is not None:
+        if self.given_back:
             del nodes[max(depths.values(), default=0) :]
         return Match(nodes, depths, self.generation)
 
@@ -114,6 +123,8 @@ class PrefixIndex:
             return {}
         if self.window_blocks is not None:
             return deepest(map(self.holders.__getitem__, nodes), self.window_blocks)
+        if self.narrow_blocks is not None:
+            return self._depths_of_both(nodes, self.narrow_blocks)
         holders, depths = self.holders, dict[GroupId, int]()
         alive = holders[nodes[0]]
         if holders[nodes[-1]] != alive:
@@ -125,10 +136,26 @@ class PrefixIndex:
         depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
         return depths
 
+    def _depths_of_both(self, nodes: list[NodeId], narrow_blocks: int) -> dict[GroupId, int]:
+        """By group, after how many of a chain's nodes it could go on: it has all before, and of narrow layers what is seen."""
+        depths, alive = dict[GroupId, int](), NOT_NARROW
+        for depth, node in enumerate([*nodes, NO_NODE]):  # which nobody holds
+            there = self.holders[node] & alive
+            if depth and there != alive:
+                depths.update(dict.fromkeys(groups_of(alive & ~there), depth))
+            alive = there
+            if not alive:
+                break
+        for group, depth in depths.items():
+            beside = self.blocks[narrow_of(group)]
+            depths[group] = deepest_seen([node in beside for node in nodes[:depth]], depth, narrow_blocks)
+        return {group: depth for group, depth in depths.items() if depth}
+
     def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
         """By group, how far the block after its part of `match` agrees with `tokens` [tokens], `limit` tokens at most in all.
 
-        A group without such a block, or with fewer than `stride` tokens of it in common, is absent.
+        A group without such a block, or with fewer than `stride` tokens of it in common, is absent. Where there are narrow
+        layers, their pool has a part of as many tokens, or neither has one.
         """
         found: dict[GroupId, Part] = {}
         root = self.roots.get(salt) if self.stride else None
@@ -138,16 +165,22 @@ class PrefixIndex:
         view, width, end = block_bytes(tokens), self.block_bytes, limit * TOKEN_DTYPE.itemsize
         for depth in {0, *match.depths.values()}:
             there = holders[chain[depth - 1]] if depth else EVERYWHERE
-            if self.window_blocks is not None:  # of those that hold the block before it, not all hold enough
-                there &= sum(1 << group for group in self.blocks if match.depth(group) == depth)
+            if self.given_back:  # of those that hold the block before it, not all hold enough
+                there &= self._mask(group for group in self.blocks if match.depth(group) == depth)
             if depth < len(chain):
                 if not heads.has_others(chain[depth]):
                     continue  # whoever has a block that begins so has matched it
-                there &= ~holders[chain[depth]]
+                if self.narrow_blocks is None:  # else a group may have it, but not its narrow layers' part of it
+                    there &= ~holders[chain[depth]]
             rest, parent = view[depth * width : min((depth + 1) * width, end)], chain[depth - 1] if depth else root
             if len(rest) >= self._head_bytes and (nodes := heads.listed(self._head(rest, parent), MAX_CANDIDATES)):
                 self._compare(nodes, parent, rest.tobytes(), there, found)
-        return found
+        return found if self.narrow_blocks is None else _in_both(found)
+
+    def _mask(self, groups: Iterable[GroupId]) -> int:
+        """Of these, and of their narrow layers."""
+        mask = sum(1 << group for group in groups if not is_narrow(group))
+        return mask if self.narrow_blocks is None else mask | mask << NARROW
 
     def _compare(self, nodes: Iterable[NodeId], parent: NodeId, rest: bytes, groups: int, found: dict[GroupId, Part]) -> None:
         """Enters what these nodes, if they follow `parent`, have in common with `rest`, for their holders among `groups`."""
@@ -245,8 +278,7 @@ class PrefixIndex:
         holders = self.holders[node] & ~(1 << group)
         self.holders[node] = holders
         if not holders:
-            windowed = self.window_blocks is not None
-            assert windowed or not self.children[node], f"node {node} was evicted before its children"
+            assert self.given_back or not self.children[node], f"node {node} was evicted before its children"
             self._bury(node)
 
     def add_group(self, group: GroupId) -> None:
@@ -339,3 +371,13 @@ class PrefixIndex:
             self.evicted[hash_] = None
             if len(self.evicted) > MAX_EVICTED:
                 self.evicted.popitem(last=False)
+
+
+def _in_both(found: dict[GroupId, Part]) -> dict[GroupId, Part]:
+    """Of parts, those that a pool and its narrow layers' have, each as far as both have it."""
+    both: dict[GroupId, Part] = {}
+    for pool, part in found.items():
+        if not is_narrow(pool) and (beside := found.get(narrow_of(pool))) is not None:
+            tokens = min(part.tokens, beside.tokens)
+            both[pool], both[narrow_of(pool)] = Part(part.node, tokens), Part(beside.node, tokens)
+    return both

@@ -4,7 +4,9 @@ Imports nothing but the standard library; never imports torch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import NamedTuple
 
 FP8 = "float8_e4m3fn"
 DTYPE_BYTES = {FP8: 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -20,6 +22,33 @@ class KVScales:
     @classmethod
     def ones(cls, layers: int) -> "KVScales":
         return cls((1.0,) * layers, (1.0,) * layers)
+
+    def of(self, layers: list[int]) -> "KVScales":
+        """Those of some layers, in that order."""
+        return KVScales(tuple(self.keys[layer] for layer in layers), tuple(self.values[layer] for layer in layers))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKinds:
+    """Which layers of a model are narrow: they see a window, beside others that see all. narrow: [layers]."""
+
+    narrow: tuple[bool, ...]
+
+    def layers(self, narrow: bool) -> list[int]:
+        """Those of a kind."""
+        return list(compress(range(len(self.narrow)), (each == narrow for each in self.narrow)))
+
+    @property
+    def places(self) -> list[int]:
+        """[layers] each one's number among those of its kind."""
+        return [self.narrow[:layer].count(narrow) for layer, narrow in enumerate(self.narrow)]
+
+
+class PoolSizes(NamedTuple):
+    """Blocks of a pool, and of that of narrow layers beside it; 0 where there are none."""
+
+    blocks: int
+    narrow: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +79,10 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"KV dtype {self.dtype!r} is not supported: choose one of {', '.join(DTYPE_BYTES)}")
+
+    def of_kind(self, kinds: LayerKinds, narrow: bool) -> "BlockLayout":
+        """Of blocks of these layers alone."""
+        return replace(self, layers=len(kinds.layers(narrow)))
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -83,3 +116,28 @@ class BlockLayout:
                 f"{self.block_bytes:,} bytes on this rank: raise kv_memory or lower block_size"
             )
         return blocks
+
+
+def divide(
+    memory_bytes: int, block_bytes: int, narrow_bytes: int, *, longest: int, rows: int, at_rest: int, at_once: int
+) -> PoolSizes:  # fmt: skip
+    """Memory for blocks of both kinds of layer. block_bytes, narrow_bytes: of a block of those that see all, of a narrow one.
+
+    longest: blocks of the longest sequence. rows: sequences at once. at_rest, at_once: narrow blocks that one holds while it
+    decodes, and at most. Both kinds run out together where sequences are of middle length, the geometric mean of the longest
+    (for which there is room with as many of both) and of one that holds as many of both, and half of them are prompts. Narrow
+    blocks are one sequence's at least, and never more than the others, beside each of which one stands. What the others cannot
+    use is theirs, too. Where memory is short there are as many of both.
+    Raises ValueError where not even one of both fits.
+    """
+    both = memory_bytes // (block_bytes + narrow_bytes)
+    if both < 1:
+        raise ValueError(
+            f"{memory_bytes:,} bytes of KV memory hold no block: one takes {block_bytes + narrow_bytes:,} bytes on this rank: "
+            "raise kv_memory or lower block_size"
+        )
+    longest_here, most = min(longest, both), min(longest, both, at_once)
+    beside = (min(at_rest, most) + most) / 2 / math.sqrt(longest_here * most)  # narrow blocks for each of the others
+    narrow = min(both, max(most, round(beside * memory_bytes / (block_bytes + beside * narrow_bytes))))
+    blocks = min((memory_bytes - narrow * narrow_bytes) // block_bytes, rows * longest)
+    return PoolSizes(blocks, min(blocks, (memory_bytes - blocks * block_bytes) // narrow_bytes))

@@ -3,7 +3,7 @@
 Imports NumPy and the ids.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
@@ -44,12 +44,25 @@ def deepest(masks: Iterable[int], window_blocks: int) -> dict[GroupId, int]:
     return depths
 
 
+def deepest_seen(there: Sequence[bool], end: int, window_blocks: int) -> int:
+    """The deepest place, `end` at most, before which `window_blocks` are there, or all, if those are fewer."""
+    seen = 0
+    for at in range(end - 1, -1, -1):
+        seen = seen + 1 if there[at] else 0
+        if not seen:
+            end = at
+        elif seen == window_blocks:
+            return end
+    return end
+
+
 class Match(NamedTuple):
     """The longest chain of full blocks known anywhere in the cluster for one prompt, and how much each group has of it.
 
     nodes: the chain, from the first block on. Its length is the greatest of all depths.
     depths: by group, the blocks of the chain that it holds, contiguous from the first block; a group with none is absent.
-    Where a model sees a window only, the deepest place before which it holds all that is seen: see `deepest`.
+    Where a model sees a window only, the deepest place before which it holds all that is seen: see `deepest`. Where some of its
+    layers do, the deepest before which it holds all of the others and what is seen of theirs; pools of these are absent.
     generation: the index's at the time of the match.
     Invariant: valid until the next mutation of the table. Node ids are reused, so a match that an eviction has
     overtaken might name other blocks; the table refuses it by its generation.

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvcache.layout import FP8, BlockLayout, KVScales
+from kvcache.layout import FP8, BlockLayout, KVScales, LayerKinds
 
 TORCH_DTYPES = {
     FP8: torch.float8_e4m3fn,
@@ -74,6 +74,30 @@ class KVPool:
         since they lie at one distance; of a whole block it is one copy.
         """
         self.data[target, :, :, :tokens].copy_(self.data[source, :, :, :tokens])
+
+
+class KVPools:
+    """A rank's blocks of both kinds of layer, where narrow ones stand beside others that see all: keys, values and scales by a
+    layer's number in the model."""
+
+    def __init__(self, full: KVPool, narrow: KVPool, kinds: LayerKinds) -> None:
+        self.full, self.narrow, self.kinds = full, narrow, kinds
+        self._places = [(narrow if is_narrow else full, at) for is_narrow, at in zip(kinds.narrow, kinds.places, strict=True)]
+
+    def keys(self, layer: int) -> Tensor:
+        """As of `KVPool`, in the pool of the layer's kind."""
+        pool, place = self._places[layer]
+        return pool.keys(place)
+
+    def values(self, layer: int) -> Tensor:
+        """As of `KVPool`."""
+        pool, place = self._places[layer]
+        return pool.values(place)
+
+    def scales(self, layer: int) -> tuple[float, float] | None:
+        """As of `KVPool`."""
+        pool, place = self._places[layer]
+        return pool.scales(place)
 
 
 def _pin(data: Tensor) -> Callable[[], None]:

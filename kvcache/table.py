@@ -12,7 +12,7 @@ import numpy as np
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
 from kvcache.hashing import TOKEN_DTYPE
-from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.ids import NARROW, BlockId, GroupId, NodeId, is_narrow, narrow_of
 from kvcache.index import NO_NODE, PrefixIndex
 from kvcache.match import Match, Part
 from kvcache.standing import Standing, name_all
@@ -21,7 +21,7 @@ Copy = Callable[[BlockId, BlockId, int], None]
 """(source, target, tokens): the first tokens of one block of the group go to another, before any step launched later."""
 
 GIVEN_BACK = BlockId(-1)
-"""Stands in a block table for a block that no layer sees any more."""
+"""Stands in a block table for a block that its layers do not see any more."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,8 @@ class SequenceBlocks:
     tail: of blocks[len(nodes)], the block that it fills at the moment, once a part of it is published; never shared.
     inherited: tokens that the first block after the hit begins with, found in the cache at the reservation; 0 once it is full.
     copied: they were copied there from a block that others may use, at the reservation; otherwise the block was taken over.
-    first: where every layer sees a window only: what stands before this block is not held, but `GIVEN_BACK`; nodes it has.
+    first: where these layers see a window only: what stands before this block is not held, but `GIVEN_BACK`; nodes it has.
+    Of a model with narrow layers beside others a sequence has two: the others' in its group's pool, theirs in `narrow_of` that.
     Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
 
@@ -74,16 +75,23 @@ class BlockTable:
     follows it is held. Then the invariant and what follows from it do not hold, and nothing that is done here needs them: a hit
     needs `window_blocks` before its end, wherever it begins. A sequence keeps its last published block, so the nodes above it
     live on in the index.
+
+    Where some layers do and others see all, a group has two pools: that of the others, of which the invariant holds, and one of
+    the narrow layers' part of the same tokens, named by the same nodes, of which what is said of windows does.
     """
 
-    def __init__(self, block_size: int, stride: int = 0, window_blocks: int | None = None) -> None:
+    def __init__(
+        self, block_size: int, stride: int = 0, window_blocks: int | None = None, narrow_blocks: int | None = None
+    ) -> None:
         """stride: tokens in common from which a part of a block is reused, fewer than a block; 0: only whole blocks are.
-        window_blocks: of those before a block's end, how many are seen from the next token on, 1 at least; None: all."""
+        window_blocks: of those before a block's end, how many are seen from the next token on, 1 at least; None: all.
+        narrow_blocks: the same of narrow layers beside others that see all; None: there are none."""
         assert window_blocks is None or window_blocks > 0, "the last published block is kept"
+        assert narrow_blocks is None or (narrow_blocks > 0 and window_blocks is None), "narrow layers stand beside others"
         self.block_size = block_size
-        self.window_blocks = window_blocks
+        self.window_blocks, self.narrow_blocks = window_blocks, narrow_blocks
         self._block_bytes, self._part_bytes = block_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
-        self.index = PrefixIndex(block_size, stride, window_blocks)
+        self.index = PrefixIndex(block_size, stride, window_blocks, narrow_blocks)
         self.pools: dict[GroupId, BlockPool] = {}
 
     def add_group(self, group: GroupId, blocks: int) -> None:
@@ -102,6 +110,24 @@ class BlockTable:
         pool = self.pools[group]
         pool.restore(reversed(name_all(self.index, group, pool.total, standing)))
 
+    def restore_beside(self, group: GroupId, standing: Iterable[tuple[BlockId, BlockId]]) -> None:
+        """Publishes what stands in blocks of narrow layers, after what stands beside them in the group's pool was restored.
+
+        standing: such a block and the group's block whose narrow part it has, which is full; the most recently used first. Left
+        out is what stands beside something that was. Errors: ValueError for what cannot be; the group has to be removed then.
+        """
+        beside, nodes, index = narrow_of(group), self.pools[group].nodes, self.index
+        pool, named, seen = self.pools[beside], list[tuple[BlockId, NodeId]](), set[BlockId]()
+        for block, other in standing:
+            if not 0 <= block < pool.total or block in seen or not 0 <= other < len(nodes):
+                raise ValueError(f"block {block} of narrow layers is told twice, or there is none, or no block {other}")
+            seen.add(block)
+            node = nodes[other]
+            if node and not index.is_tail(node) and node not in index.blocks[beside]:
+                index.hold(beside, node, block)
+                named.append((block, node))
+        pool.restore(reversed(named))
+
     def remove_group(self, group: GroupId) -> None:
         """Forgets the group's every block, in time linear in the cached and shared ones.
 
@@ -114,7 +140,7 @@ class BlockTable:
         """How many of these blocks, from the first on, some group held once and none does now, or none with what is seen before
         it. Only as far as remembered."""
         known, count = self.index.evicted, 0
-        named = {} if self.window_blocks is None else self.index.by_hash
+        named = self.index.by_hash if self.index.given_back else {}
         for hash_ in hashes:
             if hash_ not in known and hash_ not in named:
                 break
@@ -137,8 +163,8 @@ class BlockTable:
         """
         self._require(match, group, depth)
         held, refs = self.index.blocks[group], self.pools[group].refs
-        if self.window_blocks is not None:
-            return sum(not refs[held[node]] for node in match.nodes[self.first_seen(depth) : depth])
+        if self.index.given_back and self.window_of(group) is not None:
+            return sum(not refs[held[node]] for node in match.nodes[self.first_seen(group, depth) : depth])
         return depth - bisect_left(match.nodes, True, 0, depth, key=lambda node: not refs[held[node]])
 
     def reserve(
@@ -154,7 +180,7 @@ class BlockTable:
         """
         pool = self.pools[group]
         self._require(match, group, depth)
-        first = 0 if self.window_blocks is None else self.first_seen(depth)
+        first = self.first_seen(group, depth) if self.index.given_back else 0
         spare = pool.available - new_blocks - depth + first  # at least; there is plenty as a rule, and no need to count
         if spare <= 0:
             spare += depth - first - self.cached_in_match(group, match, depth)
@@ -234,10 +260,33 @@ class BlockTable:
         if cached:
             pool.unpin(source)
 
+    def reserve_beside(
+        self, seq: SequenceBlocks, match: Match, new_blocks: int, part: Part | None = None, copy: Copy | None = None
+    ) -> SequenceBlocks | None:  # fmt: skip
+        """The narrow layers' blocks of a sequence that has just been reserved the others' on this match, as `reserve` does it;
+        None if there is no room. What of the match they need is pinned by it, or held by their own pool, so it is still good.
+
+        A part is inherited by both or by neither.
+        """
+        there = match._replace(generation=self.index.generation)
+        part = part if seq.inherited else None
+        beside = self.reserve(narrow_of(seq.group), there, len(seq.nodes), new_blocks, seq.salt, part, copy)
+        if seq.inherited and (beside is None or not beside.inherited):
+            self._disinherit(seq)
+        return beside
+
+    def _disinherit(self, seq: SequenceBlocks) -> None:
+        """What its first private block begins with is of no use: it will be computed."""
+        if seq.tail:
+            self.pools[seq.group].unpublish(seq.blocks[len(seq.nodes)])
+            self.index.forget(seq.group, seq.tail)
+            seq.tail = NO_NODE
+        seq.inherited, seq.copied = 0, False
+
     def reserve_window(self, group: GroupId, depth: int, new_blocks: int, salt: str) -> SequenceBlocks | None:
         """`new_blocks` blocks from the first on that is seen after `depth` of them: what stands there will be brought. None if
         there is no room. Nothing is known of what is before them until `name_above`."""
-        pool, first = self.pools[group], self.first_seen(depth)
+        pool, first = self.pools[group], self.first_seen(group, depth)
         if new_blocks > pool.available:
             return None
         blocks = [GIVEN_BACK] * first
@@ -319,14 +368,19 @@ class BlockTable:
         if seq.tail:
             self.pools[seq.group].publish(seq.blocks[at], seq.tail)
 
-    def first_seen(self, depth: int) -> int:
-        """The first block of which something is seen from the token on that follows `depth` whole blocks."""
-        return 0 if self.window_blocks is None else max(0, depth - self.window_blocks)
+    def window_of(self, pool: GroupId) -> int | None:
+        """Blocks before a block's end that are seen of those in the pool; None: all."""
+        return self.narrow_blocks if is_narrow(pool) else self.window_blocks
+
+    def first_seen(self, pool: GroupId, depth: int) -> int:
+        """The first block of the pool of which something is seen from the token on that follows `depth` whole blocks."""
+        window_blocks = self.narrow_blocks if is_narrow(pool) else self.window_blocks
+        return 0 if window_blocks is None else max(0, depth - window_blocks)
 
     def trim(self, seq: SequenceBlocks, depth: int) -> int:
         """Gives back the blocks that are not seen any more, once `depth` of them are full and, where prefixes are kept,
         published. Published ones stay cached, the first to be evicted first. Returns how many blocks that were."""
-        first, former = self.first_seen(depth), seq.first
+        first, former = self.first_seen(seq.group, depth), seq.first
         if first <= former:
             return 0
         self.pools[seq.group].unpin(*seq.blocks[former:first])
@@ -344,6 +398,7 @@ class BlockTable:
     def _require(self, match: Match, group: GroupId, depth: int) -> None:
         """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""
         assert match.generation == self.index.generation, "a block was evicted since this match; match again"
-        assert 0 <= depth <= match.depth(group), f"group {group} holds {match.depth(group)} matched blocks, not {depth}"
-        whole = self.window_blocks is None or depth in (0, match.depth(group))
-        assert whole, f"what is seen before {depth} blocks may be gone in group {group}, but not before {match.depth(group)}"
+        there = match.depth(GroupId(group & ~NARROW) if self.index.given_back else group)
+        assert 0 <= depth <= there, f"group {group} holds {there} matched blocks, not {depth}"
+        whole = not self.index.given_back or depth in (0, there) or self.window_of(group) is None
+        assert whole, f"what is seen before {depth} blocks may be gone in group {group}, but not before {there}"

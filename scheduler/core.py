@@ -10,7 +10,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
 
 from collections.abc import Iterable, Mapping
 
-from kvcache.ids import GroupId, host_of
+from kvcache.ids import BlockId, GroupId, host_of, narrow_of
 from kvcache.standing import Standing
 from scheduler import leases
 from scheduler.config.core import CoreConfig, QueueBounds, Resolved
@@ -100,12 +100,16 @@ class SchedulerCore:
         standing: Iterable[Standing] = (),
         host_standing: Iterable[Standing] = (),
         life: int | None = None,
+        narrow_blocks: int = 0,
+        host_narrow_blocks: int = 0,
+        narrow_standing: Iterable[tuple[BlockId, BlockId]] = (),
     ) -> None:
         """A group's workers are ready, with nobody in their batch. A former epoch of it is down from now on.
 
         host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
         standing: what an earlier scheduler has left in its blocks, as `BlockTable.restore` wants it; host_standing: likewise.
         life: the epoch in which its ranks were started; None: this one. They may have served as other epochs before.
+        narrow_blocks, host_narrow_blocks, narrow_standing: of narrow layers, as `BlockTable.restore_beside` wants it.
         Errors: ProtocolError for an epoch that is not newer than the last one, and for blocks that cannot stand so; the group
         is down then.
         """
@@ -114,11 +118,15 @@ class SchedulerCore:
         if group in self.groups:
             self.group_down(group, "replaced by a newer epoch", returning=True)
         self._epochs[group] = epoch
+        if self._state.narrow is not None:
+            self._check_narrow(group, blocks, narrow_blocks, host_blocks, host_narrow_blocks)
         self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
+        if self._state.narrow is not None:
+            self._add_narrow_pools(group, narrow_blocks, host_narrow_blocks, narrow_standing)
         self.expected.pop(group, None)
         self.groups[group] = ResidentGroup(
             group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self.watch,
-            self._state.window,
+            self._state.window, self._state.narrow,
         )  # fmt: skip
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
         self.groups[group].life = epoch if life is None else life
@@ -141,6 +149,38 @@ class SchedulerCore:
                 self.table.remove_group(pool)
             raise ProtocolError(f"group {min(pools)} says of its pool what cannot be: {error}") from error
 
+    def _check_narrow(
+        self, group: GroupId, blocks: int, narrow_blocks: int, host_blocks: int, host_narrow_blocks: int
+    ) -> None:  # fmt: skip
+        """Whoever fits its other pool fits that of narrow layers, alone. Errors: ProtocolError; also where only one kind of
+        layer has host memory."""
+        narrow = self._state.narrow
+        longest = -(-self.resolved.max_model_len // self.config.block_size)
+        if narrow is not None and narrow_blocks < min(narrow.most, longest, blocks):
+            raise ProtocolError(f"group {group} has {narrow_blocks} blocks of narrow layers, a sequence may hold {narrow.most}")
+        if bool(host_blocks) != bool(host_narrow_blocks):
+            raise ProtocolError(f"group {group} has {host_blocks} blocks in host memory, and {host_narrow_blocks} narrow ones")
+
+    def _add_narrow_pools(
+        self, group: GroupId, blocks: int, host_blocks: int, standing: Iterable[tuple[BlockId, BlockId]]
+    ) -> None:  # fmt: skip
+        """Beside those that have been added. Errors: ProtocolError, and none is left then."""
+        self.table.add_group(narrow_of(group), blocks)
+        if host_blocks:
+            self.table.add_group(narrow_of(host_of(group)), host_blocks)
+        try:
+            self.table.restore_beside(group, standing if self.config.enable_prefix_caching else ())
+        except ValueError as error:
+            self._remove_pools(group)
+            raise ProtocolError(f"group {group} says of its narrow layers' pool what cannot be: {error}") from error
+
+    def _remove_pools(self, group: GroupId) -> None:
+        """All that it has."""
+        for pool in (group, host_of(group)):
+            for each in (pool, narrow_of(pool)):
+                if each in self.table.pools:
+                    self.table.remove_group(each)
+
     def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.
 
@@ -158,9 +198,7 @@ class SchedulerCore:
             self.transfers.group_down(lost)
             for sequence in [*sorted(lost.fetching), *sorted(lost.running)]:
                 self._bereave(lost, sequence, reason)
-            self.table.remove_group(group)
-            if lost.host_blocks:
-                self.table.remove_group(host_of(group))
+            self._remove_pools(group)
             self.watch.forget(lost)
         if not returning:
             self._suspects.lost(group)

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
+from kvcache.ids import BlockId
+from kvcache.index import NOT_NARROW
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.policy import VictimCost, choose_victim
 from scheduler.protocol.leaders import Drop, Grant, Remap, Trim
@@ -60,6 +62,8 @@ def _look_after(state: ClusterState, group: ResidentGroup, sequence: Sequence) -
         _publish(state, group, sequence, blocks, full)
         if state.window is not None:
             _trim(state, group, sequence, blocks, full)
+        elif sequence.narrow is not None:
+            _trim(state, group, sequence, sequence.narrow, full)
     if pending == 1 and sequence in state.prefixes.waiters:
         state.waiting.join(state.prefixes.published(sequence, WHOLE_PROMPT))
     return group.schedule(sequence, length, full)
@@ -79,16 +83,20 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
         adopted = state.table.publish(blocks, content, hashes[index])
         if adopted is not None:
             group.issue(Remap(sequence.lease, index, adopted))
+        if sequence.narrow is not None:
+            adopted = state.table.publish(sequence.narrow, content, hashes[index])
+            if adopted is not None:
+                group.issue(Remap(sequence.lease, index, adopted, narrow=True))
     state.prefixes.turn_to(sequence, full)
     if sequence in state.prefixes.waiters:
         state.waiting.join(state.prefixes.published(sequence, full))
 
 
 def _trim(state: ClusterState, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, full: int) -> None:
-    """Gives back what no layer sees any more: steps under way have been launched before this, and none that follow read it."""
+    """Gives back what its layers do not see any more: steps under way were launched before this, no later one reads it."""
     if state.table.trim(blocks, full):
         assert sequence.lease is not None
-        group.issue(Trim(sequence.lease, blocks.first))
+        group.issue(Trim(sequence.lease, blocks.first, narrow=blocks is sequence.narrow))
         state.waiting.made_room()
 
 
@@ -111,17 +119,32 @@ def _grant(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> Non
     assert sequence.blocks is not None
     assert sequence.lease is not None
     length = group.length.item(sequence.row)
-    wanted = group.wanted(sequence, length) - len(sequence.blocks.blocks)
-    while (blocks := state.table.grow(sequence.blocks, wanted)) is None:
+    blocks = _grow(state, group, sequence, sequence.blocks, group.wanted(sequence, length))
+    if blocks is None:
+        return
+    others: list[BlockId] | None = []
+    if (narrow := sequence.narrow) is not None:
+        others = _grow(state, group, sequence, narrow, group.wanted_narrow(sequence, narrow, length))
+    if blocks or others:
+        group.issue(Grant(sequence.lease, tuple(blocks), tuple(others or ())))
+    if others is not None:
+        group.schedule(sequence, length, group.computed(sequence.row) // state.block_size)
+
+
+def _grow(
+    state: ClusterState, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, wanted: int
+) -> list[BlockId] | None:  # fmt: skip
+    """The blocks by which it has grown up to so many; None: there are none, and it starves."""
+    more = max(0, wanted - len(blocks.blocks))
+    while (grown := state.table.grow(blocks, more)) is None:
         victim = find_victim(state.table, group, sequence)
         if victim is None:
             group.lease_waits += 1
             group.starved.append(sequence)  # its row stays due: the next report tries again
             group.touch()
-            return
+            return None
         preempt(state, group, victim)
-    group.issue(Grant(sequence.lease, tuple(blocks)))
-    group.schedule(sequence, length, group.computed(sequence.row) // state.block_size)
+    return grown
 
 
 def find_victim(table: BlockTable, group: ResidentGroup, needy: Sequence) -> Sequence | None:
@@ -165,9 +188,9 @@ def _shared(table: BlockTable, blocks: SequenceBlocks) -> int:
 def _elsewhere(table: BlockTable, blocks: SequenceBlocks) -> int:
     """Blocks, from the first on, that some other group has. Groups only drop out on the way down a chain."""
     holders, here, nodes = table.index.holders, 1 << blocks.group, blocks.nodes
-    if not nodes or holders[nodes[0]] == here:
+    if not nodes or holders[nodes[0]] & NOT_NARROW == here:
         return 0
-    return bisect_left(nodes, True, key=lambda node: holders[node] == here)
+    return bisect_left(nodes, True, key=lambda node: holders[node] & NOT_NARROW == here)
 
 
 def _seen_by_others(table: BlockTable, blocks: SequenceBlocks) -> int:
@@ -204,16 +227,20 @@ def interrupt(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> 
 def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost: bool = False) -> None:
     """The row and the blocks are given back. Tokens that are still needed have been written back.
 
-    One that waits for its prefix has no row; its blocks stay with the transfer until that is over. lost: the group is.
+    One that waits for its prefix has no row; blocks stay with the transfer that writes them until that is over. lost: the group
+    is.
     """
     if sequence.lease is None:
         del group.fetching[sequence]
+        for blocks in () if lost else sequence.tables:
+            if not state.transfers.writes(blocks):
+                state.table.release(blocks)
         group.touch()
     else:
         if not lost:
             _release(state, group, sequence)
         group.unseat(sequence)
-    sequence.blocks = None
+    sequence.blocks = sequence.narrow = None
     state.waiting.made_room(state.prefixes.give_up(sequence))
 
 
@@ -223,10 +250,12 @@ def _release(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> N
     assert blocks is not None
     # What the last block begins with, if that was copied, is known by the block that it was copied from.
     if 0 < state.stride <= len(tail) and len(tail) > blocks.inherited:
-        state.table.publish_tail(blocks, tail.tobytes())
+        for each in sequence.tables:
+            state.table.publish_tail(each, tail.tobytes())
     if group.host_blocks:
         state.transfers.offload(group, sequence)
-    state.table.release(blocks)
+    for each in sequence.tables:
+        state.table.release(each)
 
 
 # ---- it ends

@@ -49,7 +49,7 @@ class GroupLoad(NamedTuple):
     free_rows: int
     running: int  # those whose prefix is on its way there included, here and below
     backlog: int  # prefill tokens granted but not yet computed
-    starving: bool  # a running sequence there waits for a block
+    starving: bool  # a running sequence there waits for a block, or there are none for the narrow layers of this one
     fetch_work: float = 0.0  # what the fetch takes, in prefill tokens; those queued before are computed meanwhile
     revived: int = 0  # of the new blocks, those of its hit that nobody holds: they are taken from the cached ones, and stay
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from kvcache.ids import GroupId
+from kvcache.layout import PoolSizes, divide
 from scheduler.config.core import CoreConfig, Resolved
 from scheduler.config.options import check
 from scheduler.core import SchedulerCore
 from scheduler.protocol.leaders import Commands, Report
 from scheduler.protocol.messages import Deltas
 from scheduler.server.shell import Shell
+from scheduler.state.window import Window
 from simulator.groups import SimulatedGroup
 from simulator.stopwatch import Stopwatch
 from simulator.time_model import TimeModel
@@ -24,14 +26,23 @@ from workers.loop.batch import ResidentBatch
 
 NEVER_S = float("inf")
 
+LONGEST_TOKENS = 1 << 17
+"""A model's length, where memory has to be divided."""
+
+BLOCK_PARTS = 1000
+"""In so many a block of all layers is parted, to say what some of them take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterShape(BatchConfig, CoreConfig):
     """Its core's settings, its groups' batches, and what a real cluster would measure: groups, each with a pool of `blocks`
     blocks, and so many in its host memory where the policy uses it. window: tokens that every layer of the model sees; None:
-    all."""
+    all. narrow: tokens that some layers see, whose part of a token's KV is `narrow_share`; None: there are none. `blocks` and
+    `host_blocks` say then in which memory the pools of both kinds are."""
 
     window: int | None = None
+    narrow: int | None = None
+    narrow_share: float = 0.5
     groups: int = 8
     blocks: int = 8000
     host_blocks: int = 32000
@@ -45,6 +56,26 @@ class ClusterShape(BatchConfig, CoreConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is below 1: raise it")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is below 1: raise it")
+        if self.narrow is not None and (self.narrow < 1 or self.window is not None):
+            raise ValueError(f"narrow={self.narrow} is below 1, or beside a window of all layers: raise it, or leave that out")
+        if not 0 < self.narrow_share < 1:
+            raise ValueError(f"narrow_share={self.narrow_share} is no part: choose one between 0 and 1")
+
+    @property
+    def resolved(self) -> Resolved:
+        # A simulated group plans when it has reported: one chunk that it plans and one that it is granted meanwhile.
+        return Resolved(window=self.window, prefill_ahead=2 * self.max_num_batched_tokens, narrow=self.narrow)
+
+    def sizes(self, blocks: int) -> PoolSizes:
+        """Of pools in the memory of so many blocks of all layers."""
+        narrow = Window.of_narrow(self.resolved, self.block_size)
+        if narrow is None or not blocks:
+            return PoolSizes(blocks)
+        theirs = round(self.narrow_share * BLOCK_PARTS)
+        return divide(
+            blocks * BLOCK_PARTS, BLOCK_PARTS - theirs, theirs, longest=min(blocks, LONGEST_TOKENS // self.block_size),
+            rows=self.max_num_seqs, at_rest=narrow.at_rest(self.resolved.grant_ahead, self.block_size), at_once=narrow.most,
+        )  # fmt: skip
 
     def pooled(self, blocks: int) -> "ClusterShape":
         """One group with the compute of all, and `blocks` blocks."""
@@ -72,8 +103,7 @@ class SimulatedEngine:
         hear: Callable[[Deltas, bool], None],
         stopwatch: Stopwatch,
     ) -> None:
-        # A simulated group plans when it has reported: one chunk that it plans and one that it is granted meanwhile.
-        self.core = SchedulerCore(shape, Resolved(window=shape.window, prefill_ahead=2 * shape.max_num_batched_tokens))
+        self.core = SchedulerCore(shape, shape.resolved)
         self._first_tokens = False  # whether some of what is being told may be first tokens
         shell = Shell(
             self.core, self._tell_group, lambda _, deltas: hear(deltas, self._first_tokens), clock=now, inside=stopwatch
@@ -84,7 +114,7 @@ class SimulatedEngine:
         self._shape = shape
         self._now = now
         self._at = at
-        self._transfers = SimulatedTransfers(shape.links, shape.block_size)
+        self._transfers = SimulatedTransfers(shape.links, shape.block_size, 0.0 if shape.narrow is None else shape.narrow_share)
         self._looks_s = NEVER_S
         self._epochs = dict.fromkeys(self.computed, 0)
         for group in self.computed:
@@ -102,16 +132,19 @@ class SimulatedEngine:
         """Workers are ready, with empty pools."""
         shape, epoch = self._shape, self._epochs[group]
         self._epochs[group] += 1
-        max_model_len = self.core.resolved.max_model_len
+        max_model_len, sizes, host = self.core.resolved.max_model_len, shape.sizes(shape.blocks), shape.sizes(shape.host_blocks)
         if shape.window is None:
-            max_model_len = min(max_model_len, shape.blocks * shape.block_size + shape.block_size)
-        batch = ResidentBatch(shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, max_model_len)
+            max_model_len = min(max_model_len, sizes.blocks * shape.block_size + shape.block_size)
+        batch = ResidentBatch(
+            shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, max_model_len, narrow=shape.narrow is not None
+        )
         self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.resolved.grant_ahead)
         self._transfers.group_up(group, epoch)
         ports = (f"group-{group}:0",) if shape.prefix_fetch else ()
         self.call(
             lambda core: core.group_up(
-                group, epoch, shape.blocks, shape.max_num_seqs, host_blocks=shape.host_blocks, ports=ports
+                group, epoch, sizes.blocks, shape.max_num_seqs, host_blocks=host.blocks, ports=ports,
+                narrow_blocks=sizes.narrow, host_narrow_blocks=host.narrow,
             )
         )
 

@@ -42,6 +42,13 @@ class ShapeOptions:
     window: Annotated[
         int | None, _flag("--window", "all", "Tokens that every layer of the model sees: blocks before them are given back.")
     ] = None
+    narrow: Annotated[
+        int | None,
+        _flag("--narrow", "none do", "Tokens that some layers see, beside others that see all: they have blocks of their own."),
+    ] = None
+    narrow_share: Annotated[
+        float, _flag("--narrow-share", SHAPE.narrow_share, "The part of a token's KV that is these layers'.")
+    ] = SHAPE.narrow_share
     hash_stride: Annotated[
         int, _flag("--hash-stride", SHAPE.hash_stride, "Tokens in common from which part of a block is reused; 0: none is.")
     ] = SHAPE.hash_stride

@@ -58,8 +58,10 @@ class SimulatedTransfers:
     Told what time it is by every call, in order. `finished` collects answers, `next_s` says when the next one is due.
     """
 
-    def __init__(self, links: LinkModel, block_size: int) -> None:
+    def __init__(self, links: LinkModel, block_size: int, narrow_share: float = 0.0) -> None:
+        """narrow_share: the part of a token's KV that narrow layers have in blocks of their own."""
         self._links = links
+        self._narrow_share = narrow_share
         self._block_size = block_size
         self._now_s = 0.0
         self._flows: dict[int, Flow] = {}
@@ -91,13 +93,12 @@ class SimulatedTransfers:
             self._cut(group, movement)
         elif isinstance(movement, Offload | Load):
             kind: Literal["offload", "load"] = "offload" if isinstance(movement, Offload) else "load"
-            self._start(movement.transfer, len(movement.blocks) // 4, ((kind, group),), (group,))
+            self._start(movement, ((kind, group),), (group,))
         elif (other := self._halves.pop(movement.transfer, None)) is None:
             self._halves[movement.transfer] = (group, movement)
         else:
             sender, receiver = (group, other[0]) if isinstance(movement, Send) else (other[0], group)
-            blocks = len(movement.blocks) // 4
-            self._start(movement.transfer, blocks, (("out", sender), ("in", receiver)), (sender, receiver))
+            self._start(movement, (("out", sender), ("in", receiver)), (sender, receiver))
         self._share()
 
     def finished(self, now_s: float) -> list[tuple[GroupId, Moved]]:
@@ -124,9 +125,13 @@ class SimulatedTransfers:
 
     # ---- the parts
 
-    def _start(self, transfer: int, blocks: int, channels: tuple[Channel, ...], ends: tuple[GroupId, ...]) -> None:
-        tokens = blocks * self._block_size
-        self._flows[transfer] = Flow(transfer, tokens, float(tokens), self._links.latency_s, self._now_s, channels, ends)
+    def _start(
+        self, movement: Send | Receive | Offload | Load, channels: tuple[Channel, ...], ends: tuple[GroupId, ...]
+    ) -> None:  # fmt: skip
+        tokens = len(movement.blocks) // 4 * self._block_size
+        left = tokens * (self._narrow_share if movement.narrow else 1 - self._narrow_share)
+        told, number = 0 if movement.narrow else tokens, movement.transfer  # they are those of the other layers
+        self._flows[number] = Flow(number, told, left, self._links.latency_s, self._now_s, channels, ends)
 
     def _cut(self, group: GroupId, cut: Cut) -> None:
         """What this group has under way with that epoch of the other fails."""

@@ -32,3 +32,11 @@ class StepInput:
     host_context_lens: npt.NDArray[np.int32]  # [seqs]
     host_block_tables: npt.NDArray[np.int32]  # [seqs, max_blocks]
     adapters: StepAdapters | None = None  # of the tokens; None: no sequence of the step has one
+    narrow: "StepInput | None" = None  # the same with slots and block tables of narrow layers, where these have their own
+
+    def of(self, narrow: bool) -> "StepInput":
+        """As the layers of a kind have it."""
+        if not narrow:
+            return self
+        assert self.narrow is not None, "the model has no narrow layers"
+        return self.narrow

@@ -76,9 +76,8 @@ class Side:
 
 
 def make_transport(kind: str, pool: KVPool, group: int) -> SocketTransport:
-    wire = SocketWire(pool) if kind == "sockets" else PairWire(pool)
-    size = pool.layout.block_bytes
-    return SocketTransport(wire, host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0, block_bytes=size)
+    wire = SocketWire() if kind == "sockets" else PairWire(pool.device)
+    return SocketTransport(wire, host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0)
 
 
 def ids(blocks: Sequence[int]) -> bytes:
@@ -127,7 +126,7 @@ def ways(layout: BlockLayout, blocks: int, device: str, stack: ExitStack) -> dic
     every = ids(range(blocks))
     exchange = Exchange()
     sides = [
-        Side(one, host, LocalTransport(exchange, one, group=group, epoch=0, rank=0), group)
+        Side(one, host, LocalTransport(exchange, group=group, epoch=0, rank=0), group)
         for group, one in enumerate((pool, KVPool(layout, blocks, device)))
     ]
     sides[THERE].pool.data.zero_()
@@ -201,7 +200,7 @@ class Loop:
             max_num_seqs=SEQUENCES + -(-options.blocks // per_sequence), max_model_len=options.max_model_len, report_steps=1,
         )  # fmt: skip
         built = build_rank(config, resolve(config, options.device, options.threads), Solo())
-        assert built.blocks == self.first + options.blocks
+        assert built.sizes.blocks == self.first + options.blocks
         self.rank: Rank = built.rank
         kind = "sockets" if options.device == "cpu" else "NCCL"
         self.side = Side(built.pool, built.host, make_transport(kind, built.pool, HERE), HERE)

@@ -131,13 +131,17 @@ class BareLoop:
         starts, block = [], 0
         for row, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
             blocks = -(-(len(prompt) + length) // self._config.block_size)
-            starts.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks)))
+            each = self._built.sizes.narrow // len(work.prompts)  # of narrow layers, used in turn: what they see is there
+            narrow = [row * each + index % each for index in range(blocks)] if each else []
+            starts.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks), narrow))
             block += blocks
-        if block > self._built.blocks:
-            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.blocks}")
+        if block > self._built.sizes.blocks:
+            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.sizes.blocks}")
         return starts
 
-    def _start(self, row: int, prompt: list[int], length: int, temperature: float, blocks: range) -> Start:
+    def _start(
+        self, row: int, prompt: list[int], length: int, temperature: float, blocks: range, narrow: list[int]
+    ) -> Start:  # fmt: skip
         self._serial += 1
         return Start(
             lease=LeaseId(self._serial << ROW_BITS | row),
@@ -150,6 +154,7 @@ class BareLoop:
             choice=0,
             stop_ids=(),
             max_tokens=length,
+            narrow=np.array(narrow, np.int32).tobytes(),
         )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from cluster.local.groups import EPOCH, LocalGroups, ThreadGroups
 from cluster.local.process import ProcessGroups
 from cluster.resolve import resolve
 from kvcache.ids import GroupId
+from kvcache.layout import PoolSizes
 from scheduler.config.core import QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.placement import why
@@ -143,9 +144,14 @@ class LocalEngine:
         self._groups.start(self, progress)
         progress(f"{self._config.groups} group(s) are ready")
 
-    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
+    def group_up(self, group: GroupId, sizes: PoolSizes, host: PoolSizes, ports: tuple[str, ...]) -> None:
         rows = self._config.max_num_seqs
-        self.call(lambda core: core.group_up(group, EPOCH, blocks, rows, host_blocks=host_blocks, ports=ports))
+        self.call(
+            lambda core: core.group_up(
+                group, EPOCH, sizes.blocks, rows, host_blocks=host.blocks, ports=ports, narrow_blocks=sizes.narrow,
+                host_narrow_blocks=host.narrow,
+            )
+        )
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvcache.ids import GroupId
+from kvcache.layout import PoolSizes
 from scheduler.protocol.leaders import Command, End, FromLeader
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.adapters import GatheredReads
@@ -35,8 +36,8 @@ CLOSE_TIMEOUT_S = 5.0
 class GroupHost(Protocol):
     """Who hears of the groups. Every method may be called from any thread."""
 
-    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
-        """The group's ranks are built; commands may follow. host_blocks: in host memory. ports: where blocks are fetched."""
+    def group_up(self, group: GroupId, sizes: PoolSizes, host: PoolSizes, ports: tuple[str, ...]) -> None:
+        """The group's ranks are built; commands may follow. host: in host memory. ports: where blocks are fetched."""
         ...
 
     def hear(self, group: GroupId, message: FromLeader) -> None: ...
@@ -182,7 +183,7 @@ class _GroupStart:
                 if built.rank.adapters is not None:
                     built.rank.adapters.on_read = self._reads.add
                 if number == 0:
-                    self._host.group_up(self.group, built.blocks, built.host_blocks, self._ports())
+                    self._host.group_up(self.group, built.sizes, built.host_sizes, self._ports())
                 self._ready[number].set()
                 if number == 0:
                     self._lead(built)
@@ -195,8 +196,10 @@ class _GroupStart:
         """What the rank says of a transfer goes straight to the leader's side: they share the process."""
         transport = None
         if self._groups.config.exchanges_blocks:
-            transport = LocalTransport(self._groups.exchange, built.pool, group=self.group, epoch=EPOCH, rank=number)
-        built.rank.mover = BlockMover(built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH)
+            transport = LocalTransport(self._groups.exchange, group=self.group, epoch=EPOCH, rank=number)
+        built.rank.mover = BlockMover(
+            built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH, narrow=built.narrow
+        )
 
     def _ports(self) -> tuple[str, ...]:
         """In one process a rank is found by its number: there is no port."""

@@ -21,6 +21,7 @@ import msgspec
 from cluster.engine import EngineError
 from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
 from kvcache.ids import GroupId
+from kvcache.layout import PoolSizes
 from scheduler.logs import configure, configured_format
 from scheduler.protocol.leaders import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
@@ -32,8 +33,8 @@ class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """See `GroupHost.group_up`."""
 
     group: GroupId
-    blocks: int
-    host_blocks: int
+    sizes: PoolSizes
+    host: PoolSizes
     ports: tuple[str, ...]
 
 
@@ -139,8 +140,8 @@ class ProcessGroups:
         match message:
             case GroupSays(group, said):
                 host.hear(group, said)
-            case GroupUp(group, blocks, host_blocks, ports):
-                host.group_up(group, blocks, host_blocks, ports)
+            case GroupUp(group, sizes, host_sizes, ports):
+                host.group_up(group, sizes, host_sizes, ports)
             case GroupLost(group, reason):
                 host.group_lost(group, reason)
             case Doing(what):
@@ -156,8 +157,8 @@ class _Parent:
     def __init__(self, connection: FrameSocket) -> None:
         self._connection = connection
 
-    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
-        self._connection.send(GroupUp(group, blocks, host_blocks, ports))
+    def group_up(self, group: GroupId, sizes: PoolSizes, host: PoolSizes, ports: tuple[str, ...]) -> None:
+        self._connection.send(GroupUp(group, sizes, host, ports))
 
     def hear(self, group: GroupId, message: FromLeader) -> None:
         self._connection.send(GroupSays(group, message))

@@ -1,6 +1,6 @@
 """`manta plan`: whether a model fits, before anything is loaded. Imports torch when asked."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -10,6 +10,9 @@ from deploy.terminal.options import ConfigOption, DebugOption, flag, with_option
 
 if TYPE_CHECKING:
     from cluster.config import EngineConfig
+    from kvcache.layout import BlockLayout
+    from scheduler.config.core import Resolved
+    from workers.model.reading import DecoderConfig
     from workers.process.footprint import Footprint
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -63,7 +66,8 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
         adapters=(config.lora_slots, config.max_lora_rank),
     )  # fmt: skip
     weights_are = "" if found.scheme is None else f", weights quantised: {found.scheme}, {taken.kept}"
-    layout, held = taken.layout, blocks_held(found.window(longest), longest, config)
+    layout, resolved = taken.layout, resolve_lengths(found, longest, config)
+    kinds = kinds_of(found, resolved, layout)
     numbers = str(dtype).removeprefix("torch.")
     lines = [
         f"{found.architecture}, {numbers}, KV in {layout.dtype}, {size} rank(s) a group{weights_are}",
@@ -71,7 +75,8 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
         *([f"LoRA adapters    {in_units(taken.adapter_bytes)} a rank"] if taken.adapter_bytes else []),
         f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
         f"{layout.block_size} tokens, a rank",
-        f"longest context  {longest:,} tokens: {in_units(held * layout.block_bytes)} a rank",
+        *([f"  of that        {in_units(kinds[1].layout.token_bytes)} in layers that see a window"] if kinds[1:] else []),
+        f"longest context  {longest:,} tokens: {in_units(_bytes(kinds))} a rank",
     ]
     room = config.kv_memory
     if memory is not None:
@@ -83,40 +88,80 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
             return [*lines, f"it does not fit: kv_memory is {in_units(room)}; lower it to what there is room for"], False
         room = left if room is None else room
     if room is None:
-        needs = [_needs_line(taken, config.gpu_memory_fraction, held, rows) for rows in sorted({1, config.max_num_seqs})]
+        needs = [_needs_line(taken, config.gpu_memory_fraction, kinds, rows) for rows in sorted({1, config.max_num_seqs})]
         return [*lines, *needs], True
-    said, fits = _room_line(taken, room, held, config.max_num_seqs)
-    return [*lines, said], fits
+    said, fits = _room_lines(room, kinds, resolved, config.max_num_seqs)
+    return [*lines, *said], fits
 
 
-def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int:
-    """Blocks that the longest sequence holds at once; less than all of its own where no layer sees all of it."""
-    from cluster.resolve import DEPTH, prefill_ahead
-    from scheduler.config.core import Resolved
+class Kind(NamedTuple):
+    """Layers that see equally far, in a model. layout: of their blocks. held: that the longest sequence holds at once; resting:
+    while it decodes."""
+
+    layout: "BlockLayout"
+    held: int
+    resting: int
+
+
+def kinds_of(found: "DecoderConfig", resolved: "Resolved", layout: "BlockLayout") -> list[Kind]:
+    """One, or those that see all and those that see a window."""
+    from kvcache.layout import LayerKinds
     from scheduler.state.window import Window
 
-    blocks = -(-longest // config.block_size)
-    depth = max(DEPTH.values())
-    seen = Window.of(Resolved(window=window, prefill_ahead=prefill_ahead(config, depth)), config.block_size)
-    return blocks if seen is None else min(blocks, seen.most)
+    blocks, block_size = layout.blocks_for(resolved.max_model_len), layout.block_size
+    whole, narrow = Window.of(resolved, block_size), Window.of_narrow(resolved, block_size)
+    if narrow is None:
+        held = blocks if whole is None else min(blocks, whole.most)
+        return [Kind(layout, held, held)]
+    of = LayerKinds(found.narrow(resolved.max_model_len)[0])
+    resting = min(blocks, narrow.at_rest(resolved.grant_ahead, block_size))
+    return [
+        Kind(layout.of_kind(of, False), blocks, blocks), Kind(layout.of_kind(of, True), min(blocks, narrow.most), resting)
+    ]  # fmt: skip
 
 
-def _needs_line(taken: "Footprint", share: float, held: int, rows: int) -> str:
-    """What a rank must have, of which `share` is used. held: blocks that a sequence of the longest context holds."""
-    blocks = rows * held
-    needs = in_units(int((taken.weight_bytes + taken.adapter_bytes + blocks * taken.layout.block_bytes) / share))
+def resolve_lengths(found: "DecoderConfig", longest: int, config: "EngineConfig") -> "Resolved":
+    """As on a GPU, where more is granted ahead."""
+    from cluster.resolve import DEPTH, REPORTING, prefill_ahead
+    from scheduler.config.core import Resolved
+
+    depth, steps = max(DEPTH.values()), config.report_steps or max(steps for steps, _ in REPORTING.values())
+    return Resolved(
+        longest, 2 * (min(steps, config.block_size) + depth), found.window(longest), prefill_ahead(config, depth),
+        found.narrow(longest)[1],
+    )  # fmt: skip
+
+
+def _bytes(kinds: list[Kind], rows: int = 1) -> int:
+    """Of so many sequences of the longest context, of which one is in its prompt."""
+    return sum(((rows - 1) * kind.resting + kind.held) * kind.layout.block_bytes for kind in kinds)
+
+
+def _needs_line(taken: "Footprint", share: float, kinds: list[Kind], rows: int) -> str:
+    """What a rank must have, of which `share` is used."""
+    needs = in_units(int((taken.weight_bytes + taken.adapter_bytes + _bytes(kinds, rows)) / share))
+    blocks = rows * kinds[0].held
     return f"batch of {rows:<7} {blocks:,} blocks, at the longest context: {needs} a rank, and what steps need beside"
 
 
-def _room_line(taken: "Footprint", room: int, held: int, rows: int) -> tuple[str, bool]:
-    """held: blocks that a sequence of the longest context holds."""
-    layout = taken.layout
+def _room_lines(room: int, kinds: list[Kind], resolved: "Resolved", rows: int) -> tuple[list[str], bool]:
+    """And whether one sequence of the longest context fits."""
+    from workers.execution.spec import pool_sizes
+
+    layout, held = kinds[0].layout, kinds[0].held
     blocks = max(0, room) // layout.block_bytes
+    beside: list[str] = []
+    if kinds[1:] and room >= sum(kind.layout.block_bytes for kind in kinds):
+        blocks, narrow = pool_sizes(room, [kind.layout for kind in kinds], resolved, rows)
+        beside = [f"  and            {narrow:,} of layers that see a window: {kinds[1].resting} for a sequence that decodes"]
+        rows = min(rows, narrow // kinds[1].resting)
     tokens = blocks * layout.block_size
     if blocks < held:
-        return f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that", False
+        said = f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that"
+        return [said, *beside], False
     at_once = min(rows, blocks // held)
-    return f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once", True
+    said = f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once"
+    return [said, *beside], True
 
 
 def in_units(number: int) -> str:

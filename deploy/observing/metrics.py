@@ -133,6 +133,16 @@ GROUP_METRICS: tuple[Metric[GroupStats], ...] = (
     ),
     Metric("manta_kv_blocks_shared", "Held blocks that more than one sequence holds.", lambda g: g.shared_blocks),
     Metric("manta_kv_block_evictions_total", "Cached blocks given up for new content.", lambda g: g.evictions),
+    Metric(
+        "manta_kv_narrow_blocks", "KV blocks of layers that see a window beside others that see all, by state.",
+        {
+            "free": lambda g: g.narrow_free_blocks, "held": lambda g: g.narrow_held_blocks,
+            "cached": lambda g: g.narrow_blocks - g.narrow_free_blocks - g.narrow_held_blocks,
+        }, "state",
+    ),
+    Metric(
+        "manta_kv_narrow_block_evictions_total", "Cached ones of these given up for new content.", lambda g: g.narrow_evictions
+    ),
 )  # fmt: skip
 
 STEP_SECONDS = "manta_step_seconds"

@@ -74,10 +74,12 @@ class Resolved:
     max_model_len: prompt and output tokens of one sequence at most. grant_ahead: tokens before the end of its blocks at which a
     lease is extended, about two report intervals. window: tokens that the layer sees that sees most, the newest included; None:
     all of them. prefill_ahead: where there is a window, tokens of a prompt, beyond those computed, that a lease has blocks for,
-    so that no chunk waits for a grant.
+    so that no chunk waits for a grant. narrow: where some layers see all, tokens that the widest of the others sees; None:
+    there are no others.
     """
 
     max_model_len: int = 1 << 20
     grant_ahead: int = 4
     window: int | None = None
     prefill_ahead: int = 0
+    narrow: int | None = None

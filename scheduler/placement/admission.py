@@ -6,7 +6,8 @@ Imports `state`, `routing`, `leases`, `policy` and the table.
 
 import math
 
-from kvcache.ids import GroupId
+from kvcache.ids import GroupId, group_of, narrow_of
+from kvcache.match import Match, Part
 from kvcache.table import SequenceBlocks
 from scheduler import leases, policy
 from scheduler.placement.routing import GroupRouter, Newcomer, Source
@@ -152,9 +153,10 @@ class Admission:
         if way is None:
             return False
         group, source = way
-        held, part = None, newcomer.parts.get(group.group)
+        part = newcomer.parts.get(group.group)
+        held: list[SequenceBlocks] = []
         if source is not None:  # pinned first: the reservation evicts, and a match is good until then
-            held, part = state.table.hold(source.pool, match, source.depth, sequence.salt, source.part), None
+            held, part = self._hold(source.pool, match, source.depth, sequence.salt, source.part), None
         depth, window = match.depth(group.group), state.window
         if source is not None and window is not None:
             new_blocks = window.to_bring(newcomer.blocks, source.depth)
@@ -164,7 +166,9 @@ class Admission:
             blocks = state.table.reserve(group.group, match, depth, new_blocks, sequence.salt, part, group.copy)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
-        if source is not None and held is not None:
+        if state.narrow is not None:
+            sequence.narrow = self._reserve_narrow(newcomer, blocks, source)
+        if source is not None:
             self._fetch(group, sequence, source, held, len(match.nodes))
             return True
         if blocks.inherited:
@@ -173,7 +177,26 @@ class Admission:
         self._start(group, sequence, len(match.nodes), blocks.inherited)
         return True
 
-    def _fetch(self, group: ResidentGroup, sequence: Sequence, source: Source, held: SequenceBlocks, known: int) -> None:
+    def _reserve_narrow(self, newcomer: Newcomer, blocks: SequenceBlocks, source: Source | None) -> SequenceBlocks:
+        """Of narrow layers, beside its other blocks: on the same match, or for a window that is brought."""
+        state, table, narrow, pool = self._state, self._state.table, self._state.narrow, narrow_of(blocks.group)
+        assert narrow is not None
+        if source is not None:
+            new_blocks = narrow.to_bring(newcomer.blocks, source.depth)
+            reserved = table.reserve_window(pool, source.depth, new_blocks, blocks.salt)
+        else:
+            new_blocks, copy = narrow.new_blocks(newcomer.blocks, len(blocks.nodes)), state.groups[blocks.group].copy_narrow
+            reserved = table.reserve_beside(blocks, newcomer.match, new_blocks, newcomer.parts.get(pool), copy)
+        assert reserved is not None, "policy admitted a sequence that the table has no room for"
+        return reserved
+
+    def _hold(self, pool: GroupId, match: Match, depth: int, salt: str, part: Part | None = None) -> list[SequenceBlocks]:
+        """Pins what a pool has of a match, to be sent: of each kind of layer."""
+        table = self._state.table
+        held = [table.hold(pool, match, depth, salt, part)]
+        return held if self._state.narrow is None else [*held, table.hold(narrow_of(pool), match, depth, salt)]
+
+    def _fetch(self, group: ResidentGroup, sequence: Sequence, source: Source, held: list[SequenceBlocks], known: int) -> None:
         """The sequence has its blocks; what `source` has of its prefix, `held`, is sent to them before it starts."""
         state = self._state
         assert sequence.blocks is not None
@@ -181,7 +204,8 @@ class Admission:
         group.fetching[sequence] = sequence.committed - source.tokens
         state.prefixes.turn_to(sequence, source.depth)
         part = source.part.tokens if source.part else 0
-        state.transfers.begin(sequence, held, sequence.blocks, part=part, known_blocks=known)
+        for read, written in zip(held, sequence.tables, strict=True):
+            state.transfers.begin(sequence, read, written, part=part, known_blocks=known)
 
     def moved(self, group: ResidentGroup, moved: Moved) -> None:
         """A group has done its part of a transfer, or could not. Admit afterwards: blocks may have become free."""
@@ -195,17 +219,15 @@ class Admission:
         """Who waits for it starts, and computes itself what has not arrived; who moves follows."""
         state, sequence = self._state, transfer.author
         if not state.transfers.settle(transfer, ok=ok):
-            if transfer.moves is not None and ok:
-                self._follow(sequence, transfer.moves, transfer.target)
+            if transfer.moves is not None and ok and not state.transfers.expected(sequence):
+                self._follow(sequence, transfer.moves, group_of(transfer.target))
             return
-        blocks = sequence.blocks
-        assert blocks is not None
-        sequence.brought = ok or not blocks.first
+        assert sequence.blocks is not None
+        sequence.brought = ok or not (sequence.blocks.first or sequence.narrow)
         if group.closed or not sequence.brought:  # without what it sees it cannot begin there
             leases.leave(state, group, sequence)
-            state.table.release(blocks)
             state.waiting.enter(sequence, state.now_s)
-        else:
+        elif not state.transfers.expected(sequence):
             del group.fetching[sequence]
             self._start(group, sequence, transfer.known_blocks, transfer.part if ok else 0)
 
@@ -273,14 +295,22 @@ class Admission:
         if depth == published:
             self._follow(sequence, lease, target)
             return True
-        held = table.hold(group.group, match, published, blocks.salt)
+        held = self._hold(group.group, match, published, blocks.salt)
         if self._state.window is None:
-            ahead = table.reserve(target, match, depth, published - depth, blocks.salt)
+            ahead = [table.reserve(target, match, depth, published - depth, blocks.salt)]
         else:
-            ahead = table.reserve_window(target, published, published - table.first_seen(published), blocks.salt)
-        assert ahead is not None, "the target was chosen for its room"
-        transfers.begin(sequence, held, ahead, moves=lease)
+            ahead = [self._reserve_seen(target, published, blocks.salt)]
+        if self._state.narrow is not None:
+            ahead.append(self._reserve_seen(narrow_of(target), published, blocks.salt))
+        for read, written in zip(held, ahead, strict=True):
+            assert written is not None, "the target was chosen for its room"
+            transfers.begin(sequence, read, written, moves=lease)
         return True
+
+    def _reserve_seen(self, pool: GroupId, depth: int, salt: str) -> SequenceBlocks | None:
+        """Room for what is seen after so many blocks."""
+        table = self._state.table
+        return table.reserve_window(pool, depth, depth - table.first_seen(pool, depth), salt)
 
     def _follow(self, sequence: Sequence, lease: LeaseId, target: GroupId) -> None:
         """What went ahead has arrived. The sequence stops where it runs and starts in `target`; if that has no room any more,
@@ -296,13 +326,15 @@ class Admission:
 
     def _target(self, group: ResidentGroup, sequence: Sequence) -> GroupId | None:
         """The least loaded group that has room for it."""
-        assert sequence.blocks is not None
-        wanted = len(sequence.blocks.blocks) - sequence.blocks.first
+        wanted = [len(each.held) for each in sequence.tables]
         able = [
             (other.coming + len(other.running), other.group)
             for other in self._state.groups.values()
             if other is not group and not (other.closed or other.starved) and len(other.ports) == len(group.ports) > 0
             and other.blocks >= sequence.blocks_at_once and other.rows_left > 0
-            and self._state.table.pools[other.group].available > wanted
+            and all(
+                self._state.table.pools[pool].available > blocks
+                for pool, blocks in zip((other.group, narrow_of(other.group)), wanted, strict=False)
+            )
         ]  # fmt: skip
         return min(able)[1] if able else None

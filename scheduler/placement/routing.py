@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcache.ids import GroupId, group_of, host_of, is_host
+from kvcache.ids import GroupId, group_of, host_of, is_host, narrow_of
 from kvcache.match import Match, Part
 from scheduler import policy
 from scheduler.placement import why
@@ -76,7 +76,7 @@ class GroupRouter:
 
     def __init__(self, state: ClusterState) -> None:
         self.explain: why.Tell | None = why.log if state.config.log_decisions else None
-        self._state, self._window = state, state.window
+        self._state, self._window, self._narrow = state, state.window, state.narrow
         self.regroup()
 
     def check(self) -> None:
@@ -228,6 +228,19 @@ class GroupRouter:
                 ways.append((self._with(bare, newcomer, group, source, queued, cost), source))
         return ways
 
+    def _lacks_narrow(self, group: ResidentGroup, newcomer: Newcomer, source: Source | None = None) -> bool:
+        """Whether there is no room for the blocks of its narrow layers."""
+        if self._narrow is None:
+            return False
+        beside, match = narrow_of(group.group), newcomer.match
+        pool, depth = self._state.table.pools[beside], match.depth(group.group)
+        if source is not None:
+            new_blocks = self._narrow.to_bring(newcomer.blocks, source.depth)
+        else:
+            revived = self._state.table.cached_in_match(beside, match, depth) if depth else 0
+            new_blocks = self._narrow.new_blocks(newcomer.blocks, depth) + revived
+        return new_blocks > policy.room(pool.available, pool.total, len(group.running) + len(group.fetching))
+
     def _with(
         self, bare: policy.GroupLoad, newcomer: Newcomer, group: ResidentGroup, source: Source, queued: int, cost: float
     ) -> policy.GroupLoad:  # fmt: skip
@@ -235,6 +248,9 @@ class GroupRouter:
         window = self._window
         stays = newcomer.match.depth(group.group) if window is None else window.first(source.depth)
         work = policy.fetch_work(cost, self._state.block_size, source.blocks - stays + queued)
+        if self._narrow is not None:
+            lacks = bool(group.starved) or self._lacks_narrow(group, newcomer, source)
+            return bare._replace(hit_tokens=source.tokens, fetch_work=work, starving=lacks)
         if window is None:
             return bare._replace(hit_tokens=source.tokens, fetch_work=work)
         new_blocks = window.to_bring(newcomer.blocks, source.depth)
@@ -243,14 +259,14 @@ class GroupRouter:
     def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
         """The group that could send the most of the prefix, of several the one with the lowest id; None if nobody could.
 
-        A host tier is its own group's alone.
+        A host tier is its own group's alone. Where there are narrow layers whole blocks are sent only.
         """
         state, senders = self._state, self.senders
         if not state.config.prefix_fetch or len(senders) < 2:
             return None
         depths = match.depths
         deepest = max((depth for pool, depth in depths.items() if pool in senders), default=0)
-        pools = [pool for pool in parts if depths.get(pool, 0) == deepest and pool in senders]
+        pools = [pool for pool in parts if depths.get(pool, 0) == deepest and pool in senders and self._narrow is None]
         pool = max(
             (pool for pool in pools if state.table.may_hold(pool, parts[pool])),
             key=lambda pool: (parts[pool].tokens, -pool), default=None,
@@ -275,7 +291,8 @@ class GroupRouter:
         new_blocks = newcomer.blocks - depth if window is None else window.new_blocks(newcomer.blocks, depth)
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_blocks, ...
             hit, new_blocks + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
-            len(group.running) + fetching, group.coming if fetching else group.backlog, bool(group.starved), 0.0, revived,
+            len(group.running) + fetching, group.coming if fetching else group.backlog,
+            bool(group.starved) or (self._narrow is not None and self._lacks_narrow(group, newcomer)), 0.0, revived,
         )  # fmt: skip
 
     def _why(self, newcomer: Newcomer, least: int) -> why.Decision:

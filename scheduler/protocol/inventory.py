@@ -45,10 +45,30 @@ def _part(standing: list[Standing], host: bool) -> Inventory:
     )
 
 
+def narrow_parts(pairs: list[tuple[BlockId, BlockId]], most_bytes: int = MAX_PART_BYTES) -> list[Inventory]:
+    """Blocks of narrow layers, each with the block beside which it stands, in the same order."""
+    most = max(1, most_bytes // (2 * TOKEN_DTYPE.itemsize))
+    return [
+        Inventory(
+            blocks=np.array([block for block, _ in some], np.int32).tobytes(),
+            before=np.array([other for _, other in some], np.int32).tobytes(), counts=b"", tokens=b"", narrow=True,
+        )
+        for some in (pairs[at : at + most] for at in range(0, len(pairs), most))
+    ]  # fmt: skip
+
+
+def beside_of(told: Iterable[Inventory]) -> Iterator[tuple[BlockId, BlockId]]:
+    """What `narrow_parts` was given. Errors: ValueError for buffers that do not agree."""
+    for part in told:
+        if part.narrow:
+            blocks, others = (np.frombuffer(column, np.int32).tolist() for column in (part.blocks, part.before))
+            yield from zip(map(BlockId, blocks), map(BlockId, others), strict=True)
+
+
 def blocks_of(told: Iterable[Inventory], *, host: bool = False) -> Iterator[Standing]:
     """Those of the pool, or those in host memory. Errors: ValueError for buffers that do not agree."""
     for part in told:
-        if part.host != host:
+        if part.host != host or part.narrow:
             continue
         columns = (part.blocks, part.before, part.counts)
         blocks, before, counts = (np.frombuffer(column, np.int32).tolist() for column in columns)

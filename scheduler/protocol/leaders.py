@@ -31,6 +31,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of block ids in
     block-table order, from block `first` on: those before it are seen by no layer. stop_ids: ids that end the output.
     max_tokens: output tokens in all, those before a restart included.
+    narrow: int32 buffer, where there are narrow layers: the blocks of theirs, from block `narrow_first` on.
     salt: the request's, so that its leader can say what stands in the blocks (`Inventory`). pooling: as in `Request`; it ends
     once its prompt is computed, and samples nothing. adapter: as in `Request`; its rows wait where it is not resident yet.
     """
@@ -49,28 +50,33 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     pooling: Pooling | None = None
     first: int = 0
     adapter: Adapter | None = None
+    narrow: bytes = b""
+    narrow_first: int = 0
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """Extends one lease by whole blocks.
 
-    blocks: block ids in the receiving group's pool, in block-table order.
+    blocks: block ids in the receiving group's pool, in block-table order. narrow: of narrow layers, in theirs.
     Invariant: each block is held by `lease` until the core commits its end; a grant for an ended lease is a no-op.
     """
 
     lease: LeaseId
     blocks: tuple[int, ...]
+    narrow: tuple[int, ...] = ()
 
 
 class Remap(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     """The block at `index` of the lease's block table has a published twin with the same content: use `block` from now on.
 
-    The former block is free for others once this command has been applied; later commands of the log may grant it.
+    The former block is free for others once this command has been applied; later commands of the log may grant it. narrow: it
+    is one of narrow layers, here and in the commands below.
     """
 
     lease: LeaseId
     index: int
     block: int
+    narrow: bool = False
 
 
 class Drop(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
@@ -95,6 +101,7 @@ class Copy(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     source: int
     target: int
     tokens: int
+    narrow: bool = False
 
 
 class Send(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
@@ -109,6 +116,7 @@ class Send(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
     blocks: bytes
     group: int
     epoch: int
+    narrow: bool = False
 
 
 class Receive(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
@@ -122,6 +130,7 @@ class Receive(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
     group: int
     epoch: int
     ports: tuple[str, ...]
+    narrow: bool = False
 
 
 class Offload(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
@@ -130,6 +139,7 @@ class Offload(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
     transfer: int
     blocks: bytes
     host_blocks: bytes
+    narrow: bool = False
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
@@ -138,6 +148,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
     transfer: int
     host_blocks: bytes
     blocks: bytes
+    narrow: bool = False
 
 
 class Cut(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
@@ -159,11 +170,12 @@ Movement = Send | Receive | Offload | Load | Cut
 """What runs beside the steps."""
 
 class Trim(msgspec.Struct, frozen=True, array_like=True, tag=12, gc=False):
-    """The blocks of the lease's block table before `first` are seen by no layer any more, and are full. They may be granted to
-    others once this command has been applied; their places in the table are not read again."""
+    """The blocks of the lease's block table before `first` are seen by none of its layers any more, and are full. They may be
+    granted to others once this command has been applied; their places in the table are not read again."""
 
     lease: LeaseId
     first: int
+    narrow: bool = False
 
 
 Command = Start | Grant | Remap | Drop | End | Copy | Adapted | Movement | Trim
@@ -187,7 +199,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     host_blocks: that each rank keeps in host memory for its group; 0: no host tier. ports: "host:port" of each rank, where
     others fetch blocks; empty: it takes no part in transfers. Only groups with equally many ranks exchange blocks.
     inventories: so many of them follow, before anything else: its pool is not empty, since it has served another scheduler.
-    life: the epoch in which its ranks were started; None: this one.
+    life: the epoch in which its ranks were started; None: this one. narrow_blocks, host_narrow_blocks: of narrow layers.
     """
 
     group: int
@@ -198,6 +210,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     ports: tuple[str, ...] = ()
     inventories: int = 0
     life: int | None = None
+    narrow_blocks: int = 0
+    host_narrow_blocks: int = 0
 
 
 class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
@@ -205,7 +219,8 @@ class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     that follow it, the most recently used first, over all parts.
 
     blocks: int32 [n]. before: int32 [n], the block before each; -1 - i: it is the first of prompts of `salts[i]`. counts: int32
-    [n] tokens of each, `tokens` theirs one after another, int32.
+    [n] tokens of each, `tokens` theirs one after another, int32. narrow: of the blocks of narrow layers, after all others;
+    `before` is the full block of the group's pool beside which each stands, whose tokens are theirs.
     """
 
     blocks: bytes
@@ -214,6 +229,7 @@ class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     tokens: bytes
     salts: tuple[str, ...] = ()
     host: bool = False
+    narrow: bool = False
 
 
 class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -14,7 +14,7 @@ import msgspec
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, identify_stream
-from scheduler.protocol.inventory import blocks_of
+from scheduler.protocol.inventory import beside_of, blocks_of
 from scheduler.protocol.leaders import Beat, Commands, FromLeader, Hello, Inventory
 from scheduler.protocol.messages import Alive, Connect, Deltas, FromFrontEnd, Welcome
 from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
@@ -148,9 +148,10 @@ class SchedulerServer:
     async def _read_inventories(self, hello: Hello, reader: asyncio.StreamReader) -> list[Inventory]:
         """What its pool holds, in parts. Errors: ProtocolError if it goes before it has said all, or says too much."""
         told: list[Inventory] = []
+        most = hello.blocks + hello.host_blocks + hello.narrow_blocks  # each part has one block at least
         for _ in range(hello.inventories):
             payload = await read_frame(reader)
-            if payload is None or len(told) == hello.blocks + hello.host_blocks:  # each part has one block at least
+            if payload is None or len(told) == most:
                 raise ProtocolError(f"group {hello.group} has not said what stands in its pool")
             told.append(self._inventories.decode(payload))
         return told
@@ -213,6 +214,7 @@ class SchedulerServer:
         core.group_up(
             GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
             ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=hello.life,
+            narrow_blocks=hello.narrow_blocks, host_narrow_blocks=hello.host_narrow_blocks, narrow_standing=beside_of(told),
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
         self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())

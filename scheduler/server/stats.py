@@ -5,6 +5,7 @@ Imports the core.
 
 import msgspec
 
+from kvcache.ids import narrow_of
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import TalliedMetric
 from scheduler.state.counters import Counters
@@ -18,7 +19,8 @@ class GroupStats(msgspec.Struct, frozen=True):
     shared_blocks: held by more than one sequence. starved: running sequences that wait for a block. draining: takes no new
     sequences. backlog_tokens: prefill granted but not computed. Since the group came up: evictions of cached blocks; steps,
     their time and the tokens that they computed and sampled; lease_waits: times a sequence found no block to grow into.
-    expert_layers, expert_imbalance, expert_busiest: of a model with experts, as in `ExpertBalance`.
+    expert_layers, expert_imbalance, expert_busiest: of a model with experts, as in `ExpertBalance`. narrow_blocks: of layers
+    that see a window beside others that see all, which have a pool of their own; free, held, and evictions of it.
     """
 
     group: int
@@ -43,6 +45,10 @@ class GroupStats(msgspec.Struct, frozen=True):
     expert_layers: tuple[int, ...] = ()
     expert_imbalance: tuple[float, ...] = ()
     expert_busiest: tuple[int, ...] = ()
+    narrow_blocks: int = 0
+    narrow_free_blocks: int = 0
+    narrow_held_blocks: int = 0
+    narrow_evictions: int = 0
 
 
 class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  # dataclasses forbid it, msgspec does not
@@ -139,7 +145,7 @@ def pool_maps(core: SchedulerCore) -> tuple[PoolMap, ...]:
 
 
 def _group_stats(core: SchedulerCore, group: ResidentGroup) -> GroupStats:
-    pool = core.table.pools[group.group]
+    pool, narrow = core.table.pools[group.group], core.table.pools.get(narrow_of(group.group))
     return GroupStats(
         group=group.group,
         up=True,
@@ -163,4 +169,8 @@ def _group_stats(core: SchedulerCore, group: ResidentGroup) -> GroupStats:
         expert_layers=group.experts.layers,
         expert_imbalance=group.experts.imbalance,
         expert_busiest=group.experts.busiest,
+        narrow_blocks=0 if narrow is None else narrow.total,
+        narrow_free_blocks=0 if narrow is None else narrow.free,
+        narrow_held_blocks=0 if narrow is None else narrow.held,
+        narrow_evictions=0 if narrow is None else narrow.evictions,
     )

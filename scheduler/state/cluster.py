@@ -34,7 +34,8 @@ class ClusterState:
     group, None while one of unknown size is expected. longest: blocks that bound the length of a sequence: those of the largest
     pool, unless no sequence ever holds as many at once. computed: tokens that were computed lately. lost: why the last group
     went that is not expected; back_at_s: when that is tried again, if it is. numbers: of sequences. random: draws the seeds of
-    requests that bring none. window: None where some layer sees all that came before.
+    requests that bring none. window: None where some layer sees all that came before. narrow: of the others then, if there are
+    any: they have pools of their own (`kvcache.ids.NARROW`), and a sequence has blocks in both.
     """
 
     def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None) -> None:
@@ -42,7 +43,9 @@ class ClusterState:
         self.block_size, self.stride = config.block_size, config.stride
         self.now_s = 0.0
         self.window = Window.of(resolved, config.block_size)
-        self.table = BlockTable(config.block_size, config.stride, None if self.window is None else self.window.seen)
+        self.narrow = Window.of_narrow(resolved, config.block_size)
+        seen = [None if window is None else window.seen for window in (self.window, self.narrow)]
+        self.table = BlockTable(config.block_size, config.stride, *seen)
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
         self.sequences: dict[tuple[int, int], Sequence] = {}

@@ -10,6 +10,8 @@ from msgspec.structs import astuple
 
 from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
+from kvcache.ids import group_of, narrow_of
+from kvcache.table import SequenceBlocks
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, State
@@ -23,8 +25,7 @@ def check(state: ClusterState) -> None:
         _check_rows(state, group)
         _check_transfers(state, group)
         running += [*group.running, *group.fetching]
-    held = [sequence.blocks for sequence in running if sequence.blocks is not None]
-    audit(state.table, [*held, *state.transfers.holders()])
+    audit(state.table, [*(held for sequence in running for held in sequence.tables), *state.transfers.holders()])
     _check_membership(state, running)
     for sequence in state.sequences.values():
         _check_sequence(state, sequence)
@@ -90,6 +91,8 @@ def _check_sequence(state: ClusterState, sequence: Sequence) -> None:
     assert (sequence.state is State.RUNNING) == (sequence.lease is not None), f"{name}: {sequence.state}, {sequence.lease}"
     placed = sequence.state in (State.RUNNING, State.FETCHING)
     assert placed == (sequence.blocks is not None), f"{name}: {sequence.state} with blocks {sequence.blocks}"
+    narrow = placed and state.narrow is not None
+    assert narrow == (sequence.narrow is not None), f"{name}: {sequence.state} with narrow blocks {sequence.narrow}"
     output = sequence.committed - sequence.prompt_tokens
     assert output < sequence.max_tokens or sequence.pooling is not None, f"{name} should have ended by length"
     if sequence.cached_tokens is not None:
@@ -119,8 +122,10 @@ def _check_transfers(state: ClusterState, group: ResidentGroup) -> None:
     """Who waits for blocks has them reserved and is waited for; nothing on its way is published where it goes."""
     name, block_size = f"group {group.group}", state.config.block_size
     under_way = state.transfers.under_way()
-    awaited = [transfer.author for transfer in under_way if transfer.target == group.group and transfer.awaited]
-    assert len(awaited) == len(set(awaited)), f"{name}: a sequence waits for two transfers"
+    here = [transfer for transfer in under_way if group_of(transfer.target) == group.group and transfer.awaited]
+    awaited = [transfer.author for transfer in here]
+    kinds = {(transfer.author, transfer.target) for transfer in here}
+    assert len(awaited) == len(kinds), f"{name}: a sequence waits for two transfers of a kind"
     assert set(awaited) == group.fetching.keys(), f"{name}: its transfers and those who wait for one are not the same"
     assert group.rows_left >= 0, f"{name}: a sequence waits for its prefix and will find no row"
     for sequence in group.fetching:
@@ -128,14 +133,15 @@ def _check_transfers(state: ClusterState, group: ResidentGroup) -> None:
         assert sequence.blocks is not None, f"{name}: sequence {sequence.number} waits without blocks"
         assert sequence.blocks.group == group.group, f"{name}: sequence {sequence.number} holds blocks of another group"
     sending = receiving = 0
+    pools = (group.group, narrow_of(group.group))
     for transfer in under_way:
         blocks = transfer.end - transfer.first
-        if transfer.source == group.group and transfer.held is not None:
+        if transfer.source in pools and transfer.held is not None:
             sending += blocks
             assert len(transfer.held.blocks) == transfer.end, f"{name}: transfer {transfer.number} sends what is not held"
-        if transfer.target == group.group and transfer.blocks is not None:
+        if transfer.target in pools and transfer.blocks is not None:
             receiving += blocks
-            above = transfer.first if state.table.window_blocks is None else 0
+            above = transfer.first if state.table.window_of(transfer.target) is None else 0
             assert len(transfer.blocks.nodes) == above, f"{name}: transfer {transfer.number} is half published"
             assert transfer.end <= len(transfer.blocks.blocks), f"{name}: transfer {transfer.number} brings more than it may"
             assert transfer.part < block_size, f"{name}: transfer {transfer.number} has a full block as its part"
@@ -156,6 +162,8 @@ def _check_running(state: ClusterState, group: ResidentGroup, sequence: Sequence
     assert computed <= held * block_size, f"{name}: computed {computed} tokens in {held} blocks"
     assert held <= sequence.blocks_at_most, f"{name}: holds more blocks than it can ever need"
     low = held < sequence.blocks_at_most and held * block_size - length < state.resolved.grant_ahead
+    if sequence.narrow is not None:
+        low = _check_narrow(state, group, sequence, sequence.narrow, full) or low
     if (window := Window.of(state.resolved, block_size)) is None:
         assert sequence.committed <= (held + 1) * block_size, f"{name}: tokens without blocks"
         assert blocks.first == 0, f"{name}: has given back what it sees"
@@ -168,9 +176,30 @@ def _check_running(state: ClusterState, group: ResidentGroup, sequence: Sequence
     assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"
     published = full if state.config.enable_prefix_caching else 0
     assert len(blocks.nodes) == published, f"{name}: {full} blocks are full, {len(blocks.nodes)} are published"
-    if blocks.tail:
-        shown = np.frombuffer(state.table.index.contents[blocks.tail], np.int32)
+    for each in sequence.tables:
+        if not each.tail:
+            continue
+        shown = np.frombuffer(state.table.index.contents[each.tail], np.int32)
         start = len(blocks.nodes) * block_size
         end = start + len(shown)
         assert end <= min(computed, sequence.committed), f"{name}: its tail shows what is not computed"
         assert np.array_equal(sequence.buffer[start:end], shown), f"{name}: its tail shows other tokens than its own"
+
+
+def _check_narrow(
+    state: ClusterState, group: ResidentGroup, sequence: Sequence, narrow: SequenceBlocks, full: int
+) -> bool:  # fmt: skip
+    """The blocks of its narrow layers stand beside its others. full: how many are. Returns whether they run low."""
+    name, block_size = f"group {group.group}, sequence {sequence.number}", state.config.block_size
+    window, blocks, held = Window.of_narrow(state.resolved, block_size), sequence.blocks, len(narrow.blocks)
+    assert window is not None, f"{name}: has blocks of narrow layers, the model has none"
+    assert blocks is not None, f"{name}: has blocks of narrow layers alone"
+    assert narrow.group == narrow_of(group.group), f"{name}: holds narrow blocks of another group"
+    assert narrow.nodes == blocks.nodes, f"{name}: its kinds of layers have published other blocks"
+    assert narrow.inherited == blocks.inherited, f"{name}: its kinds of layers have inherited other parts"
+    assert narrow.first == window.first(full), f"{name}: holds narrow blocks from {narrow.first} on, with {full} full ones"
+    assert held - narrow.first <= window.most, f"{name}: holds more narrow blocks than it ever should at once"
+    assert held <= sequence.blocks_at_most, f"{name}: holds more narrow blocks than it can ever need"
+    assert group.computed(sequence.row) <= held * block_size, f"{name}: computed more than {held} narrow blocks hold"
+    short = held * block_size - int(group.length[sequence.row]) < state.resolved.grant_ahead
+    return short and held < min(sequence.blocks_at_most, narrow.first + window.most)

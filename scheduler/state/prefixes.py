@@ -176,7 +176,8 @@ class Prefixes:
             self._group(author).write_back(author, computed)
             same = author.buffer[start:begins].tobytes() == sequence.buffer[start:begins].tobytes()
             if same and computed - start > blocks.inherited:
-                self._table.publish_tail(blocks, author.buffer[start:computed].tobytes())
+                for each in author.tables:
+                    self._table.publish_tail(each, author.buffer[start:computed].tobytes())
 
     def _computed(self, author: Sequence) -> int:
         """Tokens that stand in its blocks; 0 while its own prefix is on its way."""

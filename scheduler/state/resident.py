@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import BlockId, GroupId
+from kvcache.table import SequenceBlocks
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId, Report, Start
 from scheduler.protocol.messages import NO_TOKEN
 from scheduler.state.experts import ExpertBalance
@@ -87,14 +88,14 @@ class ResidentGroup:
 
     def __init__(
         self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, block_size: int, grant_ahead: int, watch: Watch,
-        window: Window | None = None,
+        window: Window | None = None, narrow: Window | None = None,
     ) -> None:  # fmt: skip
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
         self._block_size = block_size
         self._grant_ahead = grant_ahead
-        self._window = window
+        self._window, self._narrow = window, narrow
         self.ring_size = 2 * block_size  # a power of two; at most a block and one report are not yet written back
         self._ring_mask = self.ring_size - 1
         self.lease = np.full(max_num_seqs, -1, np.int64)
@@ -167,6 +168,10 @@ class ResidentGroup:
         """The part of a block that a hit ends with; once this is in the log, `source` may be granted again."""
         self.issue(Copy(source, target, tokens))
 
+    def copy_narrow(self, source: BlockId, target: BlockId, tokens: int) -> None:
+        """The same of narrow layers."""
+        self.issue(Copy(source, target, tokens, narrow=True))
+
     def touch(self) -> None:
         """Its load may have changed: what waits or runs there, or the blocks that are left."""
         if not self.touched:
@@ -186,7 +191,7 @@ class ResidentGroup:
 
     def seat(self, sequence: Sequence, serial: int, cached_tokens: int) -> None:
         """Starts a sequence that has its blocks, in a row and with a new lease; the KV of its first `cached_tokens` stands."""
-        blocks = sequence.blocks
+        blocks, narrow = sequence.blocks, sequence.narrow
         assert blocks is not None
         held = blocks.held if blocks.first else blocks.blocks
         row = self.free_rows.pop()
@@ -208,7 +213,8 @@ class ResidentGroup:
                 cached_tokens=cached_tokens, blocks=np.array(held, np.int32).tobytes(),
                 params=sequence.params, seed=sequence.seed, choice=sequence.choice, stop_ids=sequence.stop_ids,
                 max_tokens=sequence.max_tokens, salt=sequence.salt, pooling=sequence.pooling, first=blocks.first,
-                adapter=sequence.adapter,
+                adapter=sequence.adapter, narrow=b"" if narrow is None else np.array(narrow.held, np.int32).tobytes(),
+                narrow_first=0 if narrow is None else narrow.first,
             )
         )  # fmt: skip
 
@@ -241,13 +247,27 @@ class ResidentGroup:
         filled = (full + 1) * block_size + 1
         low = blocks * block_size - self._grant_ahead + 1
         self.due[sequence.row] = filled if blocks == sequence.blocks_at_most or filled < low else low
-        return length >= low and blocks < (sequence.blocks_at_most if self._window is None else self.wanted(sequence, length))
+        short = length >= low and blocks < (sequence.blocks_at_most if self._window is None else self.wanted(sequence, length))
+        return short if sequence.narrow is None else self._schedule_narrow(sequence, sequence.narrow, length) or short
+
+    def _schedule_narrow(self, sequence: Sequence, narrow: SequenceBlocks, length: int) -> bool:
+        """It is due earlier where the blocks of its narrow layers run low first. Returns whether they do already."""
+        blocks = len(narrow.blocks)
+        low = blocks * self._block_size - self._grant_ahead + 1
+        if blocks < sequence.blocks_at_most:
+            self.due[sequence.row] = min(self.due.item(sequence.row), low)
+        return length >= low and blocks < self.wanted_narrow(sequence, narrow, length)
 
     def wanted(self, sequence: Sequence, length: int) -> int:
         """Where the block table of a sequence with so many tokens should end."""
         assert sequence.blocks is not None
         wanted = min(-(-(length + self._grant_ahead) // self._block_size), sequence.blocks_at_most)
         return wanted if self._window is None else min(wanted, sequence.blocks.first + self._window.most)
+
+    def wanted_narrow(self, sequence: Sequence, narrow: SequenceBlocks, length: int) -> int:
+        """Where the block table of its narrow layers should."""
+        assert self._narrow is not None
+        return min(self.wanted(sequence, length), narrow.first + self._narrow.most)
 
     def holder(self, lease: int) -> Sequence | None:
         """The sequence that still holds it, None if it has ended."""

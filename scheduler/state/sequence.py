@@ -76,7 +76,7 @@ class Sequence:
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
     pooling: what is wanted of its prompt instead of an output; max_tokens is 0 then. adapter: as in `Request`.
     cached_tokens: what its first start found in the cache; None before that. misses: what it did not find there.
-    lease: None unless RUNNING. blocks: None unless RUNNING or FETCHING.
+    lease: None unless RUNNING. blocks: None unless RUNNING or FETCHING; narrow: likewise, where there are narrow layers.
     open_key: under which `Prefixes` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
@@ -115,6 +115,7 @@ class Sequence:
     lease: LeaseId | None = None
     row: int = -1
     blocks: SequenceBlocks | None = None
+    narrow: SequenceBlocks | None = None
     open_key: int | None = None
     tenant: Tenant = field(default_factory=Tenant)
     charged: int = 0
@@ -132,6 +133,12 @@ class Sequence:
     def __lt__(self, other: "Sequence") -> bool:
         """Who is served first: a total order that never changes, so that somebody always is the first."""
         return self.place < other.place
+
+    @property
+    def tables(self) -> tuple[SequenceBlocks, ...]:
+        """All that it holds, once it has blocks: of each kind of layer."""
+        assert self.blocks is not None
+        return (self.blocks,) if self.narrow is None else (self.blocks, self.narrow)
 
     @property
     def priority(self) -> int:

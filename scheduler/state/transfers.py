@@ -4,7 +4,8 @@
     offload  a group's blocks to its host memory  Offload; one answer
     load     and back                            Load; one answer
 
-Both ends are pinned until the side that reads or writes them has answered, or is gone.
+Both ends are pinned until the side that reads or writes them has answered, or is gone. Where there are narrow layers beside
+others, each kind's blocks are a transfer of their own, and whoever waits for them waits for both.
 
 Host memory is a second, larger cache for each group: what a sequence has published is copied there when it leaves. So eviction
 loses nothing and takes no time; `placement` brings blocks back when that is cheaper than to compute them. The tier holds what
@@ -18,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from kvcache.ids import BlockId, GroupId, host_of, is_host
+from kvcache.ids import BlockId, GroupId, group_of, host_of, is_host, is_narrow, narrow_of
+from kvcache.match import Match
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.protocol.leaders import Cut, LeaseId, Load, Moved, Offload, Receive, Send
 from scheduler.state.counters import Counters
@@ -71,7 +73,7 @@ class Transfer:
     @property
     def awaited(self) -> bool:
         """The author waits for it: not if it has ended, or restarted elsewhere, meanwhile."""
-        return self.blocks is not None and self.author.blocks is self.blocks
+        return self.blocks is not None and (self.author.blocks is self.blocks or self.author.narrow is self.blocks)
 
 
 class Transfers:
@@ -112,19 +114,23 @@ class Transfers:
         self._under_way[number] = Transfer(
             number, held.group, blocks.group, author, held, blocks, first, end, part, known_blocks, moves
         )
-        source, target = self._groups.get(held.group), self._groups.get(blocks.group)
+        source, target, narrow = self._device(held.group), self._device(blocks.group), is_narrow(blocks.group)
         read, written = _ids(held.blocks[first:]), _ids(blocks.blocks[first:end])
         if source is not None:
             source.sending += end - first
         if target is not None:
             target.receiving += end - first
         if source is not None and target is not None:
-            source.issue(Send(number, read, target.group, target.epoch))
-            target.issue(Receive(number, written, source.group, source.epoch, source.ports))
+            source.issue(Send(number, read, target.group, target.epoch, narrow))
+            target.issue(Receive(number, written, source.group, source.epoch, source.ports, narrow))
         elif source is not None:
-            source.issue(Offload(number, read, written))
+            source.issue(Offload(number, read, written, narrow))
         elif target is not None:
-            target.issue(Load(number, read, written))
+            target.issue(Load(number, read, written, narrow))
+
+    def _device(self, pool: GroupId) -> ResidentGroup | None:
+        """The group in whose pool blocks are read or written; None for host memory, and for a group that has gone."""
+        return None if is_host(pool) else self._groups.get(group_of(pool))
 
     def offload(self, group: ResidentGroup, sequence: Sequence) -> None:
         """The sequence is about to give its blocks back: what the host tier has not is copied there.
@@ -136,6 +142,9 @@ class Transfers:
         match = table.index.chain(sequence.blocks.nodes)
         depth, published = match.depth(host), len(match.nodes)
         most = min(group.blocks // OFFLOADING_SHARE - group.sending, table.pools[group.group].available)
+        if sequence.narrow is not None:
+            self._offload_both(group, sequence, match, most)
+            return
         if table.window_blocks is None:
             new = min(published - depth, most)
             if new <= 0:
@@ -143,7 +152,7 @@ class Transfers:
             held = table.hold(group.group, match, depth + new, sequence.salt)
             stored = table.reserve(host, match, depth, new, sequence.salt)
         else:
-            new = published - table.first_seen(published)
+            new = published - table.first_seen(host, published)
             if depth == published or new > most:
                 return  # a part of a window is good for nothing
             held = table.hold(group.group, match, published, sequence.salt)
@@ -152,6 +161,24 @@ class Transfers:
             table.release(held)
         else:
             self.begin(sequence, held, stored)
+
+    def _offload_both(self, group: ResidentGroup, sequence: Sequence, match: Match, most: int) -> None:
+        """All blocks that it has published, and what is seen after them of those of narrow layers; or nothing."""
+        table, host, salt = self._table, host_of(group.group), sequence.salt
+        depth, published = match.depth(host), len(match.nodes)
+        seen = published - table.first_seen(narrow_of(host), published)
+        room = min(most, table.pools[narrow_of(group.group)].available)
+        if depth == published or published - depth + seen > room:
+            return
+        stored = table.reserve(host, match, depth, published - depth, salt)
+        beside = table.reserve_window(narrow_of(host), published, seen, salt) if stored is not None else None
+        if stored is None or beside is None:
+            if stored is not None:
+                table.release(stored)
+            return
+        match = match._replace(generation=table.index.generation)  # the group's own blocks of it are held by the sequence
+        for pool, blocks in ((group.group, stored), (narrow_of(group.group), beside)):
+            self.begin(sequence, table.hold(pool, match, published, salt), blocks)
 
     # ---- answers
 
@@ -163,23 +190,27 @@ class Transfers:
             return None
         loads, stores = is_host(transfer.source), is_host(transfer.target)
         blocks = transfer.end - transfer.first
-        if transfer.held is not None and (loads or transfer.source == group.group):
+        if transfer.held is not None and (loads or group_of(transfer.source) == group.group):
             group.sending -= 0 if loads else blocks
             self._table.release(transfer.held)
             transfer.held = None
             self._forget(transfer)
-        if transfer.blocks is None or not (stores or transfer.target == group.group):
+        if transfer.blocks is None or not (stores or group_of(transfer.target) == group.group):
             return None
         group.receiving -= 0 if stores else blocks
-        if moved.ok and not stores:
+        if moved.ok and not stores and not is_narrow(transfer.target):
             self.measured("load" if loads else "fetch", blocks * self._table.block_size, moved.elapsed_s)
         return transfer
 
     def settle(self, transfer: Transfer, *, ok: bool) -> bool:
-        """What has arrived is published where it went. Returns whether the author waits for it; else nobody holds it now."""
+        """What has arrived is published where it went. Returns whether the author waits for it; else nobody holds it now. Where
+        it has not the author does not follow what else is on its way."""
         blocks, author, awaited, block_size = transfer.blocks, transfer.author, transfer.awaited, self._table.block_size
         assert blocks is not None
         self._count(transfer, ok)
+        for other in self._under_way.values() if transfer.moves is not None and not ok else ():
+            if other.author is author:
+                other.moves = None
         for index in range(len(blocks.nodes), transfer.tokens_end) if ok else ():
             content = author.buffer[index * block_size : (index + 1) * block_size].tobytes()
             if index < transfer.first:
@@ -197,6 +228,8 @@ class Transfers:
         tokens = (transfer.tokens_end - transfer.first) * self._table.block_size + transfer.part
         if not ok:
             counters.failed_transfers += 1
+        elif is_narrow(transfer.target):
+            pass  # its tokens are those of the other kind's
         elif is_host(transfer.target):
             counters.offloaded_tokens += tokens
         elif is_host(transfer.source):
@@ -208,16 +241,17 @@ class Transfers:
 
     def group_down(self, group: ResidentGroup) -> None:
         """What was on its way from there will not arrive, as its target is told; what was on its way to it is not sent."""
-        gone, others = (group.group, host_of(group.group)), set[GroupId]()
+        others = set[GroupId]()
         for transfer in self.under_way():
-            if transfer.source in gone:
+            source, target = group_of(transfer.source), group_of(transfer.target)
+            if source == group.group:
                 transfer.held = None  # void, like everything of the group
-                others.add(transfer.target)  # even if the source has answered: that it failed, before it went
-            if transfer.target in gone:
+                others.add(target)  # even if the source has answered: that it failed, before it went
+            if target == group.group:
                 transfer.blocks = None
-                others.add(transfer.source)
+                others.add(source)
             self._forget(transfer)
-        for other in sorted(others.difference(gone)):
+        for other in sorted(others - {group.group}):
             if other in self._groups:
                 self._groups[other].issue(Cut(group.group, group.epoch))
 
@@ -235,6 +269,18 @@ class Transfers:
     def moving(self, sequence: Sequence) -> bool:
         """Its blocks are on their way to where it will go on."""
         return any(transfer.moves == sequence.lease and transfer.author is sequence for transfer in self._under_way.values())
+
+    def expected(self, sequence: Sequence) -> bool:
+        """Blocks are on their way that it waits for, or to where it will go on, and have not arrived."""
+        return any(
+            transfer.author is sequence and transfer.blocks is not None
+            and (transfer.awaited or (transfer.moves is not None and transfer.moves == sequence.lease))
+            for transfer in self._under_way.values()
+        )  # fmt: skip
+
+    def writes(self, blocks: SequenceBlocks) -> bool:
+        """Something is on its way to these."""
+        return any(transfer.blocks is blocks for transfer in self._under_way.values())
 
     def _forget(self, transfer: Transfer) -> None:
         """Both sides are done: the number means nothing any more."""

@@ -1,4 +1,4 @@
-"""What a sequence holds of a model whose every layer sees the last tokens only. Pure arithmetic in blocks.
+"""What a sequence holds for layers that see the last tokens only. Pure arithmetic in blocks.
 
 Imports `config`.
 """
@@ -24,16 +24,29 @@ class Window:
 
     @staticmethod
     def of(resolved: Resolved, block_size: int) -> "Window | None":
-        """None: some layer sees all that came before."""
-        if resolved.window is None:
+        """Of all layers; None: some layer sees all that came before."""
+        return Window._of(resolved.window, resolved, block_size)
+
+    @staticmethod
+    def of_narrow(resolved: Resolved, block_size: int) -> "Window | None":
+        """Of narrow layers beside others that see all; None: there are none."""
+        return Window._of(resolved.narrow, resolved, block_size)
+
+    @staticmethod
+    def _of(tokens: int | None, resolved: Resolved, block_size: int) -> "Window | None":
+        if tokens is None:
             return None
-        seen = max(1, -(-(resolved.window - 1) // block_size))
+        seen = max(1, -(-(tokens - 1) // block_size))
         ahead = max(resolved.prefill_ahead, resolved.grant_ahead + 1)
         return Window(seen, seen + 1 - (-ahead // block_size))
 
     def first(self, full: int) -> int:
         """The first block that is held."""
         return max(0, full - self.seen)
+
+    def at_rest(self, grant_ahead: int, block_size: int) -> int:
+        """Blocks that one holds while it decodes."""
+        return self.seen + 1 - (-grant_ahead // block_size)
 
     def to_bring(self, blocks: int, depth: int) -> int:
         """All blocks of such a sequence, if what it sees after `depth` blocks is brought to it."""

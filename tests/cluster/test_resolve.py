@@ -45,24 +45,25 @@ def test_what_was_asked_for_is_what_is_settled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "window"),
+    ("kind", "fields", "window", "narrow"),
     [
-        ("mistral", {"sliding_window": 24}, 24),
-        ("mistral", {"sliding_window": 200}, None),
-        ("mistral", {"sliding_window": None}, None),
-        ("gemma3_text", {}, None),
-        ("llama4_text", {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 16}, 16),
+        ("mistral", {"sliding_window": 24}, 24, None),
+        ("mistral", {"sliding_window": 200}, None, None),
+        ("mistral", {"sliding_window": None}, None, None),
+        ("gemma3_text", {"sliding_window": 24}, None, 24),
+        ("gemma3_text", {"sliding_window": 200}, None, None),
+        ("llama4_text", {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 16}, 16, None),
     ],
-    ids=["windows", "beyond the context", "none", "some layers", "chunks"],
+    ids=["windows", "beyond the context", "none", "some layers", "some layers, beyond the context", "chunks"],
 )
-def test_what_is_given_back_is_what_no_layer_sees(
-    kind: str, fields: dict[str, Any], window: int | None, tmp_path: Path
+def test_what_is_given_back_is_what_no_layer_of_a_kind_sees(
+    kind: str, fields: dict[str, Any], window: int | None, narrow: int | None, tmp_path: Path
 ) -> None:
     """Read off the class, for the longest sequences that are served."""
     path = make(kind, tmp_path / kind, **fields)
     config = EngineConfig(model=str(path), model_implementation="transformers", max_model_len=128, max_num_batched_tokens=32)
     resolved = resolve(config, "cpu")
-    assert resolved.window == window
+    assert (resolved.window, resolved.narrow) == (window, narrow)
     assert resolved.prefill_ahead == 64
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import BlockLayout, KVScales, LayerKinds, PoolSizes, divide
 
 
 def layout(**change: object) -> BlockLayout:
@@ -32,3 +32,33 @@ def test_blocks_in_memory_are_whole() -> None:
 def test_a_dtype_without_a_size_is_refused() -> None:
     with pytest.raises(ValueError, match="float16"):
         layout(dtype="int8")
+
+
+KINDS = LayerKinds((True, False, True, True, False))
+
+
+def test_each_layer_has_its_place_among_those_of_its_kind() -> None:
+    assert (KINDS.layers(False), KINDS.layers(True)) == ([1, 4], [0, 2, 3])
+    assert KINDS.places == [0, 0, 1, 2, 1]
+    assert [layout(layers=5).of_kind(KINDS, narrow).layers for narrow in (False, True)] == [2, 3]
+    assert KVScales((1.0, 2.0, 3.0, 4.0, 5.0), (6.0, 7.0, 8.0, 9.0, 10.0)).of([1, 4]) == KVScales((2.0, 5.0), (7.0, 10.0))
+
+
+@pytest.mark.parametrize(("block", "narrow"), [(10, 52), (18, 18), (1, 400)])
+@pytest.mark.parametrize("memory", [1, 2, 7, 40, 300, 5000])
+@pytest.mark.parametrize(("longest", "at_once"), [(1, 6), (40, 6), (512, 101)])
+def test_memory_is_divided_and_not_exceeded(memory: int, block: int, narrow: int, longest: int, at_once: int) -> None:
+    """memory: in blocks of all layers."""
+    room = memory * (block + narrow)
+    sizes = divide(room, block, narrow, longest=longest, rows=256, at_rest=3, at_once=at_once)
+    assert sizes.blocks * block + sizes.narrow * narrow <= room
+    assert 0 < sizes.narrow <= sizes.blocks <= 256 * longest
+    assert sizes.narrow >= min(memory, longest, at_once), "one sequence fits, where it would if there were one kind"
+    assert sizes.blocks >= min(memory, 256 * longest)
+
+
+def test_what_narrow_layers_do_not_need_is_for_the_others() -> None:
+    assert divide(6_200, 10, 52, longest=512, rows=256, at_rest=6, at_once=16) == PoolSizes(256, 70)
+    assert divide(6_200, 10, 52, longest=2, rows=3, at_rest=6, at_once=16) == PoolSizes(6, 6), "more could not be used"
+    with pytest.raises(ValueError, match=r"61 bytes of KV memory hold no block: one takes 62 bytes"):
+        divide(61, 10, 52, longest=512, rows=256, at_rest=6, at_once=16)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvcache.audit import audit
 from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
-from kvcache.match import deepest
+from kvcache.match import deepest, deepest_seen
 from kvcache.table import GIVEN_BACK, BlockTable, SequenceBlocks
 from tests.kvcache.test_table import BLOCK, ONE, ZERO, filled, match, publish, start
 
@@ -150,3 +150,10 @@ def test_without_a_window_nothing_is_given_back() -> None:
     assert table.trim(seq, 4) == 0
     assert (seq.first, len(seq.held)) == (0, 4)
     assert np.all(np.array(seq.blocks) >= 0)
+
+
+@given(st.lists(st.booleans(), max_size=8), st.integers(0, 8), st.integers(1, 4))
+def test_it_is_cut_back_to_where_enough_is_there(there: list[bool], end: int, window: int) -> None:
+    end = min(end, len(there))
+    expected = max(depth for depth in range(end + 1) if all(there[max(0, depth - window) : depth]))
+    assert deepest_seen(there, end, window) == expected

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from kvcache.ids import GroupId, host_of
+from kvcache.ids import GroupId, host_of, is_narrow, narrow_of
 from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.placement.limits import RequestRefused
-from scheduler.protocol.inventory import blocks_of
+from scheduler.protocol.inventory import beside_of, blocks_of
 from scheduler.protocol.leaders import (
     Command,
     Commands,
@@ -58,6 +58,7 @@ from workers.loop.reports import Reporter
 from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digests, pooled
 
 VOCABULARY = 2
+NARROW_BLOCKS = 5
 LOST = "its workers have gone"
 
 
@@ -73,6 +74,7 @@ class Stream:
     submitted_s: float
     expected: list[int]
     window: int | None = None
+    narrow: int | None = None
     tokens: list[int] = field(default_factory=list)
     started: Started | None = None
     restarts: int = 0
@@ -102,7 +104,7 @@ class Stream:
     def take_pooled(self, values: bytes) -> None:
         assert self.finished is None, f"stream {self.number} was pooled after its end"
         assert self.request.pooling is not None, f"stream {self.number} was pooled unasked"
-        expected = pooled(self.prompt, self.request.pooling, self.window)
+        expected = pooled(self.prompt, self.request.pooling, self.window, self.narrow)
         assert values == expected, f"stream {self.number} was pooled from other states"
         self.pooled = values
 
@@ -146,7 +148,7 @@ class SimulatedGroup:
         self.sends: dict[int, Send] = {}
         self.receives: dict[int, Receive] = {}
         self.copies: dict[int, Offload | Load] = {}
-        self.host = np.full((host_blocks, self.cache.shape[1]), UNWRITTEN)
+        self.hosts = [np.full((host_blocks, cache.shape[1]), UNWRITTEN) for cache in self.caches]
 
     def take(self, batch: Commands) -> None:
         """Puts newly issued commands on their way; their numbers have no gap."""
@@ -178,21 +180,22 @@ class SimulatedGroup:
         self.down.clear()
         self.inbox.clear()
         for receive in self.receives.values():
-            self.cache[np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN
+            self.caches[receive.narrow][np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN
         for copy in self.copies.values():
             if isinstance(copy, Load):
-                self.cache[np.frombuffer(copy.blocks, np.int32)] = UNWRITTEN
+                self.caches[copy.narrow][np.frombuffer(copy.blocks, np.int32)] = UNWRITTEN
             else:
-                self.host[np.frombuffer(copy.host_blocks, np.int32)] = UNWRITTEN
+                self.hosts[copy.narrow][np.frombuffer(copy.host_blocks, np.int32)] = UNWRITTEN
         abandon(self.rank, NoPeers())
         assert self.rank.ledger is not None
         self.rank.ledger.forget_transfers()
 
     @property
-    def cache(self) -> npt.NDArray[np.uint64]:
+    def caches(self) -> list[npt.NDArray[np.uint64]]:
+        """Of each kind of layer."""
         executor = self.rank.executor
         assert isinstance(executor, SimulatedExecutor)
-        return executor.cache
+        return executor.caches
 
     def answer(self, transfer: int, *, ok: bool) -> None:
         """This side of a transfer is over."""
@@ -200,7 +203,7 @@ class SimulatedGroup:
         self.copies.pop(transfer, None)
         receive = self.receives.pop(transfer, None)
         if receive is not None and not ok:
-            self.cache[np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN  # arbitrary
+            self.caches[receive.narrow][np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN  # arbitrary
         moved = Moved(self.epoch, transfer, ok, 0.001, 1)
         if self.rank.ledger is not None:
             self.rank.ledger.moved(moved)
@@ -210,10 +213,11 @@ class SimulatedGroup:
         """Between the device and host memory, at this moment."""
         command = self.copies[transfer]
         blocks, host_blocks = np.frombuffer(command.blocks, np.int32), np.frombuffer(command.host_blocks, np.int32)
+        host, cache = self.hosts[command.narrow], self.caches[command.narrow]
         if isinstance(command, Offload):
-            self.host[host_blocks] = self.cache[blocks]
+            host[host_blocks] = cache[blocks]
         else:
-            self.cache[blocks] = self.host[host_blocks]
+            cache[blocks] = host[host_blocks]
 
     def _take_movement(self, command: Command) -> None:
         if isinstance(command, Send):
@@ -234,7 +238,8 @@ class Cluster:
     """block_size and pools (blocks of each group) are small, so that everything happens soon.
 
     depth and steps are those of `Rank` and `Reporter`. hash_stride: 0, whole blocks only, unless a test is about parts of them.
-    window: tokens that the simulated model sees; None: all.
+    window: tokens that the simulated model sees; None: all. narrow: those that narrow layers beside others see; None: there are
+    none. Their pools have as many blocks, or what a sequence needs.
     """
 
     def __init__(
@@ -258,6 +263,7 @@ class Cluster:
         queue_age_s: float = 30.0,
         log_decisions: bool = False,
         window: int | None = None,
+        narrow: int | None = None,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         config = CoreConfig(
@@ -271,8 +277,11 @@ class Cluster:
             log_decisions=log_decisions,
         )
         prefill_ahead = (depth + 2) * max_num_batched_tokens
-        self.window = window
-        self._new_core = partial(SchedulerCore, config, Resolved(max_model_len, ahead, window, prefill_ahead), bounds)
+        self.window, self.narrow = window, narrow
+        resolved = Resolved(max_model_len, ahead, window, prefill_ahead, narrow)
+        needed = Window.of_narrow(resolved, block_size)
+        self._narrow_blocks = 0 if needed is None else max(needed.most, NARROW_BLOCKS)
+        self._new_core = partial(SchedulerCore, config, resolved, bounds)
         self.core = self._new_core()
         self.block_size, self.pools = block_size, pools
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
@@ -296,12 +305,19 @@ class Cluster:
         self.epochs[group] += 1
         if name in self.groups:
             self.ghosts.append(self.groups.pop(name))
-        batch = ResidentBatch(self.max_num_seqs, self.block_size, self.max_num_batched_tokens, self.max_model_len)
-        executor = SimulatedExecutor(blocks, self.block_size, self.max_num_seqs, VOCABULARY, self.window)
+        batch = ResidentBatch(
+            self.max_num_seqs, self.block_size, self.max_num_batched_tokens, self.max_model_len, narrow=self.narrow is not None
+        )
+        executor = SimulatedExecutor(
+            blocks, self.block_size, self.max_num_seqs, VOCABULARY, self.window, self.narrow, self._narrow_blocks
+        )
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
-        rank.ledger = Ledger(batch, blocks, self._host_blocks)
+        rank.ledger = Ledger(batch, blocks, self._host_blocks, self._narrow_blocks)
         self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._host_blocks)
-        self.core.group_up(name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports)
+        self.core.group_up(
+            name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports,
+            narrow_blocks=self._narrow_blocks, host_narrow_blocks=self._host_blocks,
+        )  # fmt: skip
         self.settle()
 
     def lose(self, group: int, *, returning: bool = False) -> None:
@@ -338,10 +354,11 @@ class Cluster:
         sent = [msgspec.msgpack.encode(part) for part in inventory(rank.ledger, 40)]
         told = [msgspec.msgpack.decode(part, type=Inventory) for part in sent]
         self.groups[name] = group = SimulatedGroup(name, epoch, rank, Reporter(epoch, self.steps), self._host_blocks)
-        group.host, group.life = before.host, before.life
+        group.hosts, group.life = before.hosts, before.life
         self.core.group_up(
             name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports,
             standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=before.life,
+            narrow_blocks=self._narrow_blocks, host_narrow_blocks=self._host_blocks, narrow_standing=beside_of(told),
         )  # fmt: skip
         self.settle()
         return sum(len(part.blocks) // 4 for part in told)
@@ -389,7 +406,7 @@ class Cluster:
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
         first, self._numbers = self._numbers, self._numbers + n
         room = max_tokens or max(self.max_model_len, max(self.pools) * self.block_size + 1) - len(prompt)
-        expected = continuation(prompt, max(0, room), VOCABULARY, self.window)
+        expected = continuation(prompt, max(0, room), VOCABULARY, self.window, self.narrow)
         tokens = np.array(prompt, np.int32).tobytes()
         request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s, pooling=pooling)
         try:
@@ -397,7 +414,9 @@ class Cluster:
         finally:
             self.core.check()
         now_s = self.core.now_s
-        streams = [Stream(front_end, first + choice, prompt, request, now_s, expected, self.window) for choice in range(n)]
+        streams = [
+            Stream(front_end, first + choice, prompt, request, now_s, expected, self.window, self.narrow) for choice in range(n)
+        ]
         self.streams |= {(front_end, stream.number): stream for stream in streams}
         self.settle()
         return streams
@@ -496,7 +515,8 @@ class Cluster:
         target = next(group for group in self.groups.values() if transfer in group.receives)
         blocks = np.frombuffer(source.sends[transfer].blocks, np.int32)
         if ok:
-            target.cache[np.frombuffer(target.receives[transfer].blocks, np.int32)] = source.cache[blocks]
+            received = target.receives[transfer]
+            target.caches[received.narrow][np.frombuffer(received.blocks, np.int32)] = source.caches[received.narrow][blocks]
         source.answer(transfer, ok=ok)
         target.answer(transfer, ok=ok)
 
@@ -517,7 +537,8 @@ class Cluster:
         for name, batch in self.core.take_logs():
             self.groups[name].take(batch)
             self.given_back += sum(isinstance(command, Trim) for command in batch.commands)
-            self.begun_in_the_midst += sum(isinstance(command, Start) and command.first > 0 for command in batch.commands)
+            starts = [command for command in batch.commands if isinstance(command, Start)]
+            self.begun_in_the_midst += sum(start.first > 0 or start.narrow_first > 0 for start in starts)
         assert all(group.drain() is None for group in self.core.groups.values()), "a log was not handed out"
         for front_end, deltas in self.core.outbox.drain():
             self._hear(front_end, msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=Deltas))
@@ -525,16 +546,19 @@ class Cluster:
     def _check_blocks(self) -> None:
         """What the index names stands in the blocks of the groups that hold it: the digests of exactly those tokens."""
         index = self.core.table.index
-        pools = {name: group.cache for name, group in self.groups.items()}
-        pools |= {host_of(name): group.host for name, group in self.groups.items()}
-        states: dict[int, list[int]] = {}
-        for name, cache in pools.items():
+        pools = {name: group.caches for name, group in self.groups.items()}
+        pools |= {host_of(name): group.hosts for name, group in self.groups.items()}
+        caches = {name: caches[0] for name, caches in pools.items()}
+        caches |= {narrow_of(name): caches[1] for name, caches in pools.items() if self.narrow is not None}
+        states: dict[bool, dict[int, list[int]]] = {False: {}, True: {}}
+        for name, cache in caches.items():
+            narrow = is_narrow(name)
             for node, block in index.blocks.get(name, {}).items():
-                expected = self._expected(node, states)
+                expected = self._expected(node, states[narrow], self.narrow if narrow else self.window)
                 found = cache[block, : len(expected)].tolist()
                 assert found == expected, f"pool {name}: node {node} does not stand in block {block}"
 
-    def _expected(self, node: int, known: dict[int, list[int]]) -> list[int]:
+    def _expected(self, node: int, known: dict[int, list[int]], window: int | None) -> list[int]:
         """Digests of the tokens of a node. known: those of all tokens up to each node that has been asked for."""
         index, chain = self.core.table.index, list[int]()
         while node and node not in known:
@@ -542,7 +566,7 @@ class Cluster:
             node = index.parents[node]
         for below in reversed(chain):
             before = known.get(index.parents[below], [])
-            known[below] = before + digests(np.frombuffer(index.contents[below], np.int32).tolist(), before, self.window)
+            known[below] = before + digests(np.frombuffer(index.contents[below], np.int32).tolist(), before, window)
         node = chain[0] if chain else node
         return known[node][len(known[node]) - len(index.contents[node]) // 4 :]
 
@@ -581,6 +605,7 @@ class Cluster:
         for name, group in self.core.groups.items():
             usage = self.core.table.pools[name]
             assert usage.held == 0
+            assert self.narrow is None or self.core.table.pools[narrow_of(name)].held == 0
             assert usage.free + usage.cached == usage.total == self.pools[name]
             assert not group.running
             assert group.backlog == 0

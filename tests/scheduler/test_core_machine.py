@@ -42,6 +42,7 @@ class CoreMachine(RuleBasedStateMachine):
         fetch=st.booleans(),
         host_blocks=st.sampled_from([0, 0, 6, 12]),
         window=st.sampled_from([None, None, None, 3, 5, 10]),
+        narrow=st.sampled_from([None, 3, 6]),
     )
     def start(
         self,
@@ -55,6 +56,7 @@ class CoreMachine(RuleBasedStateMachine):
         fetch: bool,
         host_blocks: int,
         window: int | None = None,
+        narrow: int | None = None,
     ) -> None:
         self.cluster = Cluster(
             pools,
@@ -67,6 +69,7 @@ class CoreMachine(RuleBasedStateMachine):
             fetch=fetch,
             host_blocks=host_blocks,
             window=window,
+            narrow=narrow if window is None else None,
             max_model_len=64,
             queue_age_s=5.0,
         )
@@ -480,6 +483,22 @@ def test_walks_through_a_window_go_where_the_bugs_are() -> None:
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
 
+@pytest.mark.slow
+def test_walks_of_both_kinds_go_where_the_bugs_are() -> None:
+    """The same where narrow layers that see six tokens stand beside others that see all."""
+    events: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        events += walk(seed, 250, {} if seed < SEEDS // 2 else {"scheduler": 0.4}, narrow=6)
+    wanted = {
+        "submitted", "lost a group", "lost sequences", "preempted", "cached tokens", "aborted while prefilling",
+        "aborted while decoding", "parts copied", "parts taken over", "waits for a block", "progressed", "lost the scheduler",
+        "lost it in mid-sequence", "blocks told", "pooled", "given back", "begun in the midst",
+        "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "failed_transfers", "lost a source",
+        "aborted while fetching",
+    }  # fmt: skip
+    assert not {name: events[name] for name in wanted if events[name] < 2}
+
+
 SEEDS = 8
 """Walks in which the scheduler lives; it is lost now and then in as many others."""
 
@@ -504,15 +523,17 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
     )
 
 
-def walk(seed: int, events: int, more: dict[str, float], window: int | None = None) -> Counter[str]:
-    """more: what happens beside `FREQUENCIES`, and how often. window: tokens that the model sees."""
+def walk(
+    seed: int, events: int, more: dict[str, float], window: int | None = None, narrow: int | None = None
+) -> Counter[str]:  # fmt: skip
+    """more: beside `FREQUENCIES`, and how often. window, narrow: tokens that all layers, that narrow layers see."""
     frequencies = FREQUENCIES | more
     draw = random.Random(seed)
     machine = CoreMachine()
     roomy = seed % 3 == 2  # nobody waits, as a rule, and who has to give way can go elsewhere
     machine.start(
-        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([3 if window else 5, 16]), seed % 2,
-        1 + seed % 3, seed % 2 == 0, None, 2, True, 0 if roomy else 12, window,
+        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([3 if window or narrow else 5, 16]),
+        seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2, True, 0 if roomy else 12, window, narrow,
     )  # fmt: skip
     for _ in range(events):
         if not roomy or not machine.cluster.core.waiting.count:

@@ -62,6 +62,18 @@ def test_a_model_that_sees_a_window_needs_less_room(trace: str) -> None:
     assert CliRunner().invoke(app, [*arguments, "--window", "0"]).exit_code == 2
 
 
+def test_a_model_some_of_whose_layers_see_a_window_needs_less_room(trace: str) -> None:
+    """In the memory of as many blocks of all layers."""
+    arguments = ["replay", trace, "--groups", "2", "--blocks", "60", "--max-num-batched-tokens", "512", "--quiet", "--json"]
+    outcomes = []
+    for narrow in ((), ("--narrow", "512", "--narrow-share", "0.8", "--max-num-seqs", "8")):
+        result = CliRunner().invoke(app, [*arguments, "--policy", "manta-fetch", *narrow])
+        assert result.exit_code == 0, result.output
+        outcomes.append(json.loads(result.stdout.splitlines()[-1])["manta-fetch"])
+    assert outcomes[0]["token_hit_rate"] < outcomes[1]["token_hit_rate"]
+    assert CliRunner().invoke(app, [*arguments, "--narrow", "9", "--window", "9"]).exit_code == 2
+
+
 def test_failures_and_limits(trace: str) -> None:
     arguments = [*POOLS, "--policy", "manta", "--limit", "9", "--fail", "1@2:3", "--speed-up", "2", "--json"]
     result = CliRunner().invoke(app, ["replay", trace, *arguments])

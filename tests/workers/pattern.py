@@ -12,14 +12,19 @@ FINITE = 0x3D2B3D2B
 """0.04 as bfloat16 and in float32: flash-attn multiplies what it does not want by zero."""
 
 
-def words(rank: Stepped) -> Tensor:
-    """[block, layer, k|v, slot, words of a slot] int32, a view of the pool."""
-    data = rank.pool.data
-    return data.view(*data.shape[:4], -1).view(torch.int32)
+def words(rank: Stepped, narrow: bool = False) -> Tensor:
+    """[block, layer, k|v, slot, words of a slot] int32, a view of the pool, or of that of narrow layers."""
+    pool = rank.pool
+    if narrow:
+        assert rank.built.narrow is not None
+        pool = rank.built.narrow[0]
+    return pool.data.view(*pool.data.shape[:4], -1).view(torch.int32)
 
 
 def fill(rank: Stepped, pattern: int) -> None:
     words(rank).fill_(pattern)
+    if rank.built.narrow is not None:
+        words(rank, narrow=True).fill_(pattern)
 
 
 def require_untouched(rank: Stepped, pattern: int, leases: list[Lease]) -> None:
@@ -27,18 +32,24 @@ def require_untouched(rank: Stepped, pattern: int, leases: list[Lease]) -> None:
 
     Who was stopped by a token may have been a step further: that has been launched before the token was known.
     """
-    pool = words(rank)
+    _require_untouched(rank, words(rank), pattern, [(lease, lease.blocks) for lease in leases])
+    if rank.built.narrow is not None:
+        _require_untouched(rank, words(rank, narrow=True), pattern, [(lease, rank.beside(lease.blocks)) for lease in leases])
+
+
+def _require_untouched(rank: Stepped, pool: Tensor, pattern: int, leases: list[tuple[Lease, list[int]]]) -> None:
+    """leases: with their blocks of this pool."""
     given = torch.zeros(pool.shape[0], rank.block, dtype=torch.bool)  # the scratch block is the last
-    for lease in leases:
+    for lease, blocks in leases:
         for position in range(lease.computed):
-            given[lease.blocks[position // rank.block], position % rank.block] = True
+            given[blocks[position // rank.block], position % rank.block] = True
     further = [
-        [lease.blocks[lease.computed // rank.block], lease.computed % rank.block]
-        for lease in leases
-        if lease.finish is FinishReason.STOP and lease.computed // rank.block < len(lease.blocks)
+        [blocks[lease.computed // rank.block], lease.computed % rank.block]
+        for lease, blocks in leases
+        if lease.finish is FinishReason.STOP and lease.computed // rank.block < len(blocks)
     ]
     same = (pool == pattern).flatten(4).all(-1).all(2).all(1).cpu()
-    scratch = rank.built.blocks
+    scratch = len(pool) - 1
     wrong = (~same & ~given).nonzero().tolist()
     assert [place for place in wrong if place[0] != scratch and place not in further] == [], (
         "(block, slot) written that nobody was given"

@@ -97,7 +97,7 @@ class Stepped:
         self.block = self.config.block_size
         self.turns = 0
         self._ends = read_model(checkpoint).eos_ids
-        order = list(range(self.built.blocks))
+        order = list(range(self.built.sizes.blocks))
         random.Random(1).shuffle(order)
         self.free_blocks = deque(order)
         self.free_rows = deque(range(self.config.max_num_seqs))
@@ -105,6 +105,14 @@ class Stepped:
         self._holders: Counter[int] = Counter()  # of each block
         self._commands: list[Command] = []
         self._serial = 0
+
+    def beside(self, blocks: Sequence[int]) -> list[int]:
+        """Of narrow layers those that go with these, where there are any: the same from the end of their pool on."""
+        sizes = self.built.sizes
+        if self.built.narrow is None:
+            return []
+        assert sizes.narrow == sizes.blocks, "each has one"
+        return [sizes.narrow - 1 - block for block in blocks]
 
     # ---- what a scheduler says
 
@@ -133,6 +141,7 @@ class Stepped:
                 max_tokens=work.most,
                 pooling=work.pooling,
                 adapter=work.adapter,
+                narrow=np.array(self.beside(blocks), np.int32).tobytes(),
             )
         )
         return lease
@@ -150,6 +159,8 @@ class Stepped:
         """With the next turn a twin of a block takes its place. Returns the former block, which is free again at once."""
         twin, former = self.free_blocks.popleft(), lease.blocks[index]
         self._commands += [Copy(former, twin, self.block), Remap(lease.id, index, twin)]
+        for source, target in zip(self.beside([former]), self.beside([twin]), strict=True):
+            self._commands += [Copy(source, target, self.block, narrow=True), Remap(lease.id, index, target, narrow=True)]
         lease.blocks[index] = twin
         self._holders[twin] += 1
         self._release(former)
@@ -226,7 +237,7 @@ class Stepped:
                 blocks = [self.free_blocks.popleft() for _ in range(missing)]
                 self._holders.update(blocks)
                 lease.blocks += blocks
-                self._commands.append(Grant(lease.id, tuple(blocks)))
+                self._commands.append(Grant(lease.id, tuple(blocks), tuple(self.beside(blocks))))
 
     def _take(self, result: StepResult) -> None:
         step = result.step

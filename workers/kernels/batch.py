@@ -28,7 +28,8 @@ def scatter(state: Tensor, edits: Tensor, count: int) -> None:
 
 @triton.jit
 def _gather(order, last_token, position, tables, tokens, positions, slots, contexts, step_tables, scratch, width,
-            KV_BLOCK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            narrow_tables, narrow_slots, narrow_step_tables, KV_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+            NARROW: tl.constexpr):  # fmt: skip
     """One program is one sequence of the step."""
     i = tl.program_id(0)
     row = tl.load(order + i).to(tl.int64)
@@ -43,6 +44,12 @@ def _gather(order, last_token, position, tables, tokens, positions, slots, conte
         entry = first + tl.arange(0, BLOCK)
         mask = entry < held
         tl.store(step_tables + i.to(tl.int64) * width + entry, tl.load(tables + row * width + entry, mask=mask), mask=mask)
+        if NARROW:
+            ids = tl.load(narrow_tables + row * width + entry, mask=mask)
+            tl.store(narrow_step_tables + i.to(tl.int64) * width + entry, ids, mask=mask)
+    if NARROW:
+        narrow = tl.load(narrow_tables + row * width + at // KV_BLOCK)
+        tl.store(narrow_slots + i, narrow.to(tl.int64) * KV_BLOCK + at % KV_BLOCK)
     tl.store(position + row, tl.where(row == scratch, at, at + 1))
 
 
@@ -59,14 +66,16 @@ def gather(
     step_tables: Tensor,
     block_size: int,
     batch: int,
+    narrow: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """The inputs of a decode step of `batch` sequences; each row of it but the last (padding) moves on by one position.
 
     order: [batch or more] int32 rows of the step. last_token, position: [rows + 1] int32. tables: [rows + 1, blocks] int32.
     Written: tokens, positions, contexts [batch] int32, slots [batch] int64, and of step_tables [batch, blocks] int32 as much as
-    each sequence holds: so the cost does not depend on the width.
+    each sequence holds: so the cost does not depend on the width. narrow: tables, slots and step_tables of narrow layers, where
+    these have their own.
     """
     _gather[(batch,)](
         order, last_token, position, tables, tokens, positions, slots, contexts, step_tables, last_token.shape[0] - 1,
-        tables.shape[1], KV_BLOCK=block_size, BLOCK=32,
+        tables.shape[1], *(narrow or (None, None, None)), KV_BLOCK=block_size, BLOCK=32, NARROW=narrow is not None,
     )  # fmt: skip

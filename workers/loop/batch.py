@@ -6,10 +6,9 @@ tokens, so each plans each step by itself and nothing but the commands has to tr
     row            0      1      2  ...      the row is part of the lease, chosen by the scheduler
     known        [ 301    77     0 ...]      tokens, sampled ones included (also those still on the device)
     computed     [ 300    32     0 ...]      tokens whose KV is written once the launched steps are done
-    block_table  [rows, blocks] int32         block ids; past a row's blocks, and before `first`: anything, never read
-    first        [   0     0     0 ...]      the first block that a layer still sees
+    full, narrow                              block tables, of the layers that see all and of the others (`tables`)
 
-Imports `scheduler.protocol` and `scheduler.batching`.
+Imports `scheduler.protocol`, `scheduler.batching` and `tables`.
 """
 
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from scheduler.protocol.leaders import (
     Trim,
 )
 from scheduler.protocol.messages import NO_TOKEN, FinishReason, Pooling
+from workers.loop.tables import BlockTables
 
 NO_ADAPTER = -1
 """In place of a slot: the row has no LoRA adapter, or none that is resident."""
@@ -89,11 +89,15 @@ class Launched:
 class ResidentBatch:
     """Mutated by `apply`, `launch` and `collect`, in the order of the log and the steps.
 
+    full: of all layers, but where there are `narrow` ones beside layers that see all: those have tables of their own.
+
     Safety: a step's rows write only to slots of blocks granted to their lease. A lease may end while a step with it is under
     way; that step still writes to its blocks, but any later holder's writes come after it on the same stream.
     """
 
-    def __init__(self, max_num_seqs: int, block_size: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, block_size: int, max_num_batched_tokens: int, max_model_len: int, *, narrow: bool = False
+    ) -> None:  # fmt: skip
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.applied = 0
@@ -104,17 +108,21 @@ class ResidentBatch:
         self.computed = np.zeros(max_num_seqs, np.int64)
         self.granted = np.zeros(max_num_seqs, np.int64)
         self.limit = np.zeros(max_num_seqs, np.int64)
-        self.blocks = np.zeros(max_num_seqs, np.int64)
-        self.first = np.zeros(max_num_seqs, np.int64)
-        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        width = -(-max_model_len // block_size)
+        self.full = BlockTables(max_num_seqs, width)
+        self.narrow = BlockTables(max_num_seqs, width) if narrow else None
         self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._least = np.zeros(max_num_seqs, np.int64)  # length from which a stop id ends the sequence
         self._stop_ids = np.full((max_num_seqs, 1), NO_TOKEN, np.int64)  # [rows, width], padded
-        self.edited: list[tuple[int, int, int]] = []  # (row, first, end) of the block table; `Rank` empties it
         self._measured: dict[int, tuple[int, int]] = {}  # row -> (prompt tokens, top entries) while the prompt is measured
         self.adapter = np.full(max_num_seqs, NO_ADAPTER, np.int32)  # its slot; kept by `adapters`, as the next one is
         self.unready: set[int] = set()  # rows whose adapter is not resident: they are in no step
         self._pooling: dict[int, Pooling] = {}  # of rows that have no output, until their prompt is computed
+
+    @property
+    def kinds(self) -> list[BlockTables]:
+        """Of each kind of layer."""
+        return [self.full] if self.narrow is None else [self.full, self.narrow]
 
     # ---- the log
 
@@ -128,15 +136,25 @@ class ResidentBatch:
         elif isinstance(command, Copy | Adapted | Movement) or not self.holds(command.lease):
             pass  # or the lease has ended on this side already
         elif isinstance(command, Grant):
-            self._append(command.lease & ROW_MASK, np.array(command.blocks, np.int32))
+            self._grant(command.lease & ROW_MASK, command)
         elif isinstance(command, Remap):
-            row = command.lease & ROW_MASK
-            self.block_table[row, command.index] = command.block
-            self.edited.append((row, command.index, command.index + 1))
+            self.tables_of(command).replace(command.lease & ROW_MASK, command.index, command.block)
         elif isinstance(command, Drop):
             self._clear(command.lease & ROW_MASK)
         elif isinstance(command, Trim):
-            self.first[command.lease & ROW_MASK] = command.first
+            self.tables_of(command).first[command.lease & ROW_MASK] = command.first
+
+    def tables_of(self, command: Remap | Trim) -> BlockTables:
+        """Those of the layers that it is about."""
+        if not command.narrow:
+            return self.full
+        assert self.narrow is not None, "the model has no narrow layers"
+        return self.narrow
+
+    def forget_edits(self) -> None:
+        """Of the block tables: whoever executes steps has seen them."""
+        for tables in self.kinds:
+            tables.edited.clear()
 
     def holds(self, lease: LeaseId) -> bool:
         """The lease has not ended on this side."""
@@ -157,8 +175,10 @@ class ResidentBatch:
             self._measured[row] = (start.prompt_tokens, start.params.prompt_logprobs)
         if start.pooling is not None:
             self._pooling[row] = start.pooling
-        self.first[row] = self.blocks[row] = start.first
-        self._append(row, np.frombuffer(start.blocks, np.int32))
+        self.full.begin(row, start.first, np.frombuffer(start.blocks, np.int32))
+        if self.narrow is not None:
+            self.narrow.begin(row, start.narrow_first, np.frombuffer(start.narrow, np.int32))
+        self._count(row)
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
         width = self._stop_ids.shape[1]
@@ -167,18 +187,25 @@ class ResidentBatch:
         self._stop_ids[row] = NO_TOKEN
         self._stop_ids[row, : len(ids)] = ids
 
-    def _append(self, row: int, blocks: npt.NDArray[np.int32]) -> None:
-        held = int(self.blocks[row])
-        self.block_table[row, held : held + len(blocks)] = blocks
-        self.edited.append((row, held, held + len(blocks)))
-        self.blocks[row] += len(blocks)
-        self.granted[row] = self.blocks[row] * self.block_size
+    def _grant(self, row: int, grant: Grant) -> None:
+        if grant.blocks:
+            self.full.append(row, np.array(grant.blocks, np.int32))
+        if grant.narrow and self.narrow is not None:
+            self.narrow.append(row, np.array(grant.narrow, np.int32))
+        self._count(row)
+
+    def _count(self, row: int) -> None:
+        """The tokens that its blocks hold, in all layers."""
+        blocks = self.full.counts[row] if self.narrow is None else min(self.full.counts[row], self.narrow.counts[row])
+        self.granted[row] = blocks * self.block_size
 
     def _clear(self, row: int) -> None:
         if self.lease[row] != -1:
             self.vacated.append(row)
         self.lease[row] = -1
-        self.known[row] = self.computed[row] = self.granted[row] = self.blocks[row] = self.first[row] = 0
+        self.known[row] = self.computed[row] = self.granted[row] = 0
+        for tables in self.kinds:
+            tables.clear(row)
         self._measured.pop(row, None)
         self._pooling.pop(row, None)
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvcache.ids import BlockId
 from kvcache.standing import Standing
 from scheduler.batching import Ints
-from scheduler.protocol.inventory import MAX_PART_BYTES, parts
+from scheduler.protocol.inventory import MAX_PART_BYTES, narrow_parts, parts
 from scheduler.protocol.leaders import (
     ROW_MASK,
     Command,
@@ -32,6 +33,7 @@ from scheduler.protocol.leaders import (
     Trim,
 )
 from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.beside import Beside
 from workers.loop.contents import NOBODY, Blocks, Contents
 
 MOST_STEPS = 64
@@ -50,19 +52,22 @@ class Ledger:
     """Follows a leader's batch: `take` comes before the batch applies a command, `note` before it collects a step, `leave` when
     it has ended a lease by itself; `moved` when all ranks have done their part of a transfer, from any thread.
 
-    blocks: of the pool. host_blocks: in host memory. Tokens that are not committed are not in it, and of a step for a lease
+    blocks: of the pool. host_blocks: in host memory. narrow_blocks: of narrow layers: of these is known beside what they stand;
+    what such a model has in host memory is not told. Tokens that are not committed are not in it, and of a step for a lease
     that has ended nothing is.
     """
 
-    def __init__(self, batch: ResidentBatch, blocks: int, host_blocks: int = 0) -> None:
+    def __init__(self, batch: ResidentBatch, blocks: int, host_blocks: int = 0, narrow_blocks: int = 0) -> None:
         self._batch = batch
         self._block_size = batch.block_size
         self._here, self._host = Contents(blocks, batch.block_size), Contents(host_blocks, batch.block_size)
+        self._beside = None if batch.narrow is None else Beside(narrow_blocks)
         self._uses = 0  # counted by ends and transfers
         rows = len(batch.lease)
         self._lease = np.full(rows, -1, np.int64)
         self._held = np.zeros(rows, np.int64)  # blocks of the row, those included that it has given back,
         self._first = np.zeros(rows, np.int64)  # which stand before this one
+        self._narrow_held, self._narrow_first = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self._stands = np.zeros(rows, np.int64)  # its tokens whose KV is committed, as of the steps worked off
         self._late = np.full(rows, NOBODY, np.int64)  # a token that was sampled before there was a block for it
         self._steps: list[tuple[Launched, Ints, npt.NDArray[np.bool_]]] = []
@@ -74,6 +79,8 @@ class Ledger:
 
     def take(self, command: Command) -> None:
         """The next command, before the batch applies it."""
+        if self._beside is not None and self._takes_narrow(self._beside, command):
+            return
         if isinstance(command, Start):
             self._start(command)
         elif isinstance(command, Receive):
@@ -94,6 +101,41 @@ class Ledger:
         else:
             self.leave(command.lease & ROW_MASK)
 
+    def _takes_narrow(self, beside: Beside, command: Command) -> bool:
+        """What it means for the blocks of narrow layers; whether it means nothing else."""
+        if isinstance(command, Copy | Receive | Offload | Load | Remap | Trim):
+            if not command.narrow:
+                return False
+            if isinstance(command, Copy):
+                beside.renew(np.array([command.target], np.int32))
+            elif isinstance(command, Receive | Load):
+                beside.renew(np.frombuffer(command.blocks, np.int32))
+            elif isinstance(command, Trim) and self._lease[command.lease & ROW_MASK] == command.lease:
+                self._trim_narrow(beside, command.lease & ROW_MASK, command.first)
+            return True
+        if isinstance(command, Grant) and self._lease[command.lease & ROW_MASK] == command.lease:
+            beside.renew(np.array(command.narrow, np.int32))
+            self._narrow_held[command.lease & ROW_MASK] += len(command.narrow)
+            return not command.blocks
+        return False
+
+    def _trim_narrow(self, beside: Beside, row: int, first: int) -> None:
+        """Blocks that stand as they are, full, from now on."""
+        if self._stands[row] < first * self._block_size:
+            self._work_off()
+        self._stand_beside(beside, row, first)
+
+    def _stand_beside(self, beside: Beside, row: int, end: int) -> None:
+        """The row's full blocks of narrow layers before that one stand beside its others."""
+        narrow, first = self._batch.narrow, int(self._narrow_first[row])
+        assert narrow is not None
+        end = min(end, int(self._stands[row]) // self._block_size)
+        if end > first:
+            others = self._batch.full.ids[row, first:end]
+            self._uses += 1
+            beside.stand(narrow.ids[row, first:end], others, self._here.life[others], self._uses)
+            self._narrow_first[row] = end
+
     def _start(self, start: Start) -> None:
         row, size, here = start.lease & ROW_MASK, self._block_size, self._here
         self.leave(row)
@@ -104,6 +146,10 @@ class Ledger:
         self._enter(blocks, tokens)
         self._lease[row], self._stands[row] = start.lease, start.cached_tokens
         self._first[row], self._held[row] = start.first, start.first + len(blocks)
+        if self._beside is not None:
+            narrow = np.frombuffer(start.narrow, np.int32)
+            self._beside.renew(narrow[max(0, start.cached_tokens // size - start.narrow_first) :])
+            self._narrow_first[row], self._narrow_held[row] = start.narrow_first, start.narrow_first + len(narrow)
         if start.first:  # the first follows what it has followed
             here.link(int(blocks[0]), blocks[1:], start.first + 1)
         else:
@@ -121,7 +167,7 @@ class Ledger:
     def _grant(self, row: int, blocks: Blocks) -> None:
         held, here = int(self._held[row]), self._here
         here.renew(blocks)
-        here.link(int(self._batch.block_table[row, held - 1]), blocks, held)
+        here.link(int(self._batch.full.ids[row, held - 1]), blocks, held)
         if held * self._block_size < len(known := self._batch.tokens[row]):  # of its prompt not all was granted at the start
             self._enter(blocks, known[held * self._block_size :])
         self._held[row] = held + len(blocks)
@@ -132,7 +178,7 @@ class Ledger:
     def _remap(self, row: int, index: int, block: int) -> None:
         """The twin that was published first is what the next block follows from now on."""
         if index + 1 < self._held[row]:
-            after = self._batch.block_table[row, index + 1]
+            after = self._batch.full.ids[row, index + 1]
             self._here.before[after], self._here.before_life[after] = block, self._here.life[block]
 
     def _trim(self, row: int, first: int) -> None:
@@ -144,7 +190,7 @@ class Ledger:
     def _give_back(self, row: int, end: int) -> None:
         """The row's blocks before that one stand as they are."""
         first = int(self._first[row])
-        blocks = self._batch.block_table[row, first:end]
+        blocks = self._batch.full.ids[row, first:end]
         filled = np.clip(self._stands[row] - self._block_size * np.arange(first, end), 0, self._block_size)
         self._here.filled[blocks] = filled
         self._uses += 1
@@ -179,7 +225,7 @@ class Ledger:
         if not inside.all():
             self._late[rows[~inside]] = ids[~inside]
             rows, ends, ids, index = rows[inside], ends[inside], ids[inside], index[inside]
-        table = self._batch.block_table
+        table = self._batch.full.ids
         blocks = table.reshape(-1).take(rows * table.shape[1] + index).astype(np.int64)
         self._here.tokens.reshape(-1)[blocks * self._block_size + ends % self._block_size] = ids
 
@@ -188,6 +234,8 @@ class Ledger:
         if self._lease[row] == -1:
             return
         self._work_off()
+        if self._beside is not None:
+            self._stand_beside(self._beside, row, int(self._narrow_held[row]))
         self._give_back(row, int(self._held[row]))
         self._lease[row], self._late[row] = -1, NOBODY
 
@@ -246,10 +294,15 @@ class Ledger:
         """All that is certain of the pool, and of host memory, as `BlockTable.restore` wants it. No row may have a lease."""
         assert (self._lease == -1).all(), "who runs fills blocks meanwhile"
         self._settle()
-        return self._here.standing(), self._host.standing()
+        return self._here.standing(), self._host.standing() if self._beside is None else []
+
+    def narrow(self) -> list[tuple[BlockId, BlockId]]:
+        """Of the pool of narrow layers, after `standing`, as `BlockTable.restore_beside` wants it."""
+        return [] if self._beside is None else self._beside.pairs(self._here)
 
 
 def inventory(ledger: Ledger, most_bytes: int = MAX_PART_BYTES) -> list[Inventory]:
     """What the next scheduler is told, in parts of so many bytes of tokens."""
     here, host = ledger.standing()
-    return [*parts(here, most_bytes), *parts(host, most_bytes, host=True)]
+    narrow = narrow_parts(ledger.narrow(), most_bytes)
+    return [*parts(here, most_bytes), *parts(host, most_bytes, host=True), *narrow]

@@ -48,9 +48,9 @@ class Executor(Protocol):
         """The sequence at `row` has left; a step with it may still be under way."""
         ...
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
+    def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None:
         """The first `tokens` slots of block `target` get what block `source` holds: after the steps launched so far, before
-        every later one, without a wait on the host."""
+        every later one, without a wait on the host. narrow: they are of narrow layers."""
         ...
 
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
@@ -146,7 +146,7 @@ class Rank:
             if isinstance(command, Start):
                 self._admit(command)
             elif isinstance(command, Copy):
-                self.executor.copy(command.source, command.target, command.tokens)
+                self.executor.copy(command.source, command.target, command.tokens, narrow=command.narrow)
             elif isinstance(command, Movement) and self.mover is not None:
                 self.mover.take(command)
 
@@ -165,7 +165,7 @@ class Rank:
             self.pulse.begin(kinds if step is None else [*kinds, kind])
         if step is not None:
             self._under_way.append((step, self.executor.execute(self.batch, step), kind))
-            self.batch.edited.clear()
+            self.batch.forget_edits()
         result = None
         if self._under_way and (len(self._under_way) > self._depth or step is None):
             oldest, pending, _ = self._under_way.popleft()

@@ -3,12 +3,15 @@
 What it makes of a prompt that is pooled are digests too: the last one's bytes, or those of the sum of all.
 Each slot of a block holds a digest of the sequence up to it, computed from the digest in the slot before. So a stale block, a
 wrong block table, a hit on what was never computed or a lost write changes the tokens, as it would with a real model. Where it
-has a window, each digest is made of all digests in that, and of none before it.
+has a window, each digest is made of all digests in that, and of none before it. Where it has narrow layers beside others, there
+are blocks and digests of both kinds, and a token depends on both.
 Pure NumPy. Used by tests and replay.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import xor
 
 import msgspec
 import numpy as np
@@ -46,20 +49,29 @@ def next_token(state: int, vocabulary: int) -> int:
     return (state >> 17) % vocabulary
 
 
-def continuation(prompt: list[int], tokens: int, vocabulary: int, window: int | None = None) -> list[int]:
-    """The undisturbed output: what any schedule must produce, stop ids apart."""
-    states = digests(prompt, [], window)
+def continuation(
+    prompt: list[int], tokens: int, vocabulary: int, window: int | None = None, narrow: int | None = None
+) -> list[int]:  # fmt: skip
+    """The undisturbed output: what any schedule must produce, stop ids apart. narrow: tokens that narrow layers see, if any."""
+    kinds = [(each, digests(prompt, [], each)) for each in _windows(window, narrow)]
     output: list[int] = []
     for _ in range(tokens):
-        output.append(next_token(states[-1] if states else 0, vocabulary))
-        states += digests(output[-1:], states[-(window or 1) :], window)
+        output.append(next_token(reduce(xor, (states[-1] if states else 0 for _, states in kinds)), vocabulary))
+        for each, states in kinds:
+            states += digests(output[-1:], states[-(each or 1) :], each)
     return output
 
 
-def pooled(prompt: list[int], pooling: Pooling, window: int | None = None) -> bytes:
+def pooled(prompt: list[int], pooling: Pooling, window: int | None = None, narrow: int | None = None) -> bytes:
     """What is made of an undisturbed prompt."""
-    states = digests(prompt, [], window)
+    kinds = [digests(prompt, [], each) for each in _windows(window, narrow)]
+    states = [reduce(xor, each) for each in zip(*kinds, strict=True)]
     return _values(sum(states) if pooling == "mean" else states[-1] if states else 0)
+
+
+def _windows(window: int | None, narrow: int | None) -> list[int | None]:
+    """What each kind of layer sees."""
+    return [window] if narrow is None else [window, narrow]
 
 
 def _values(state: int) -> bytes:
@@ -77,14 +89,17 @@ class Ready:
 
 
 class SimulatedExecutor:
-    """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it. window: tokens that one sees."""
+    """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it. window: tokens that one sees.
+    narrow: the same of narrow layers, if there are any, which have `narrow_blocks`."""
 
     def __init__(
-        self, blocks: int, block_size: int, max_num_seqs: int, vocabulary: int, window: int | None = None
+        self, blocks: int, block_size: int, max_num_seqs: int, vocabulary: int, window: int | None = None,
+        narrow: int | None = None, narrow_blocks: int = 0,
     ) -> None:  # fmt: skip
-        self.cache: npt.NDArray[np.uint64] = np.full((blocks, block_size), UNWRITTEN)
+        sizes = [blocks] if narrow is None else [blocks, narrow_blocks]
+        self.caches: list[npt.NDArray[np.uint64]] = [np.full((size, block_size), UNWRITTEN) for size in sizes]
         self._vocabulary = vocabulary
-        self._window = window
+        self._windows = _windows(window, narrow)
         self._last = [0] * max_num_seqs
         self._sums: dict[int, int] = {}  # of rows whose mean is wanted
 
@@ -95,8 +110,9 @@ class SimulatedExecutor:
         """Nothing else is kept of a row."""
         self._sums.pop(row, None)
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.cache[target, :tokens] = self.cache[source, :tokens]
+    def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None:
+        cache = self.caches[narrow]
+        cache[target, :tokens] = cache[source, :tokens]
 
     def close(self) -> None:
         """There are no threads."""
@@ -107,25 +123,32 @@ class SimulatedExecutor:
             first, count = int(step.first[index]), int(step.plan.counts[index])
             single = index < step.plan.decodes
             tokens = [self._last[row]] if single else batch.tokens[row][first : first + count].tolist()
-            state = self._write(batch.block_table[row], first, tokens)
+            state = self._write(batch, row, first, tokens)
             if step.samples[index]:
                 self._last[row] = ids[index] = next_token(state, self._vocabulary)
         return Ready(StepTokens(ids, [each for part in step.pooled for each in self._pool(batch, step, part)]))
 
     def _pool(self, batch: ResidentBatch, step: Launched, part: PooledPart) -> list[tuple[int, bytes]]:
         row, first = int(step.plan.rows[part.index]), int(step.first[part.index]) + part.start
-        block, offset = np.divmod(np.arange(first, first + part.count), self.cache.shape[1])
-        states = self.cache[batch.block_table[row, block], offset].tolist()
+        slots = np.divmod(np.arange(first, first + part.count), batch.block_size)
+        kinds = [cache[ids[slots[0]], slots[1]] for cache, ids in self._kinds(batch, row)]
+        states = reduce(np.bitwise_xor, kinds).tolist()
         state = states[-1]
         if part.pooling == "mean":
             state = self._sums[row] = self._sums.get(row, 0) + sum(states)
         return [(part.index, msgspec.msgpack.encode(Pooled(_values(state))))] if part.ends else []
 
-    def _write(self, table: npt.NDArray[np.int32], first: int, tokens: list[int]) -> int:
+    def _kinds(self, batch: ResidentBatch, row: int) -> list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]]:
+        """Of each kind of layer the blocks, and the row's ids of them."""
+        return [(cache, table.ids[row]) for cache, table in zip(self.caches, batch.kinds, strict=True)]
+
+    def _write(self, batch: ResidentBatch, row: int, first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""
-        block_size = self.cache.shape[1]
-        seen = np.arange(max(0, first - (1 if self._window is None else self._window - 1)), first)
-        states = digests(tokens, self.cache[table[seen // block_size], seen % block_size].tolist(), self._window)
-        for position, state in enumerate(states, first):
-            self.cache[table[position // block_size], position % block_size] = state
-        return states[-1]
+        block_size, last = batch.block_size, 0
+        for (cache, table), window in zip(self._kinds(batch, row), self._windows, strict=True):
+            seen = np.arange(max(0, first - (1 if window is None else window - 1)), first)
+            states = digests(tokens, cache[table[seen // block_size], seen % block_size].tolist(), window)
+            for position, state in enumerate(states, first):
+                cache[table[position // block_size], position % block_size] = state
+            last ^= states[-1]
+        return last

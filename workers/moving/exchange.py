@@ -1,10 +1,9 @@
-"""Blocks between groups that share a process: copied straight from pool to pool. Imports the mover's types and the pool."""
+"""Blocks between groups that share a process: copied straight from pool to pool. Imports the mover's types."""
 
 import time
 from dataclasses import dataclass
 from threading import Condition
 
-from kvcache.pool import KVPool
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
 from workers.moving.side import copy_blocks
@@ -14,7 +13,6 @@ from workers.moving.side import copy_blocks
 class _Offer:
     """A sender that waits. taken, over, withdrawn: what has become of it; written under the exchange's lock."""
 
-    pool: KVPool
     shard: Shard
     taken: bool = False
     over: bool = False
@@ -39,17 +37,16 @@ class LocalTransport:
     """The `Transport` of one rank in an exchange. The receiver copies; the sender waits until it has."""
 
     def __init__(
-        self, exchange: Exchange, pool: KVPool, *, group: int, epoch: int, rank: int, timeout_s: float = TIMEOUT_S
+        self, exchange: Exchange, *, group: int, epoch: int, rank: int, timeout_s: float = TIMEOUT_S
     ) -> None:
         self.address = f"local:{group}.{epoch}.{rank}"
         self._exchange = exchange
-        self._pool = pool
         self._group, self._epoch, self._rank = group, epoch, rank
         self._timeout_s = timeout_s
 
     def send(self, shard: Shard) -> float:
         key = (shard.transfer, shard.group, shard.epoch, self._rank)
-        offer = _Offer(self._pool, shard)
+        offer = _Offer(shard)
         changed = self._exchange.changed
         with shard.abort.waking(self._exchange.wake), changed:
             self._exchange.offers[key] = offer
@@ -73,10 +70,10 @@ class LocalTransport:
         began_s = time.perf_counter()
         failure = ""
         try:
-            if len(offer.shard.blocks) != len(shard.blocks) or offer.pool.layout != self._pool.layout:
+            if len(offer.shard.blocks) != len(shard.blocks) or offer.shard.pool.layout != shard.pool.layout:
                 raise TransferFailed("the two sides do not agree on the blocks")
             with shard.side.after(shard.ready, offer.shard.ready):
-                copy_blocks(offer.pool, offer.shard.blocks, self._pool, shard.blocks, shard.abort)
+                copy_blocks(offer.shard.pool, offer.shard.blocks, shard.pool, shard.blocks, shard.abort)
             shard.side.finish(self._timeout_s, shard.abort.check)
         except Exception as error:
             failure = f"the receiver failed: {error}"

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Cut, Load, Moved, Movement, Offload, Receive, Send
@@ -34,7 +35,8 @@ LaneKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's part in one transfer. group, epoch: of the other side. port: "host:port" where to fetch; "" for a sender.
+    """This rank's part in one transfer. group, epoch: of the other side. blocks: of `pool`. port: "host:port" where to fetch;
+    "" for a sender.
 
     ready: the steps that were launched before; before they are done, no block of it may be read or written.
     """
@@ -42,6 +44,7 @@ class Shard:
     transfer: int
     group: int
     epoch: int
+    pool: KVPool
     blocks: Blocks
     side: Side
     ready: Ready
@@ -80,7 +83,8 @@ class Transport(Protocol):
 
 
 class BlockMover:
-    """The `Mover` of a rank. rank: its number. host: its blocks in host memory, if any. moved: called from any thread, once for
+    """The `Mover` of a rank. rank: its number. host: its blocks in host memory, if any. narrow: the same two of narrow layers,
+    if these have any. moved: called from any thread, once for
     each transfer; must not raise. Whatever goes wrong is said by `Moved`: a transfer takes neither steps nor group along."""
 
     def __init__(
@@ -92,9 +96,10 @@ class BlockMover:
         *,
         rank: int,
         epoch: int,
+        narrow: tuple[KVPool, KVPool | None] | None = None,
     ) -> None:
-        self._pool = pool
-        self._host = host
+        self._pools = [(pool, host)] if narrow is None else [(pool, host), narrow]
+        self._device = pool.device
         self._transport = transport
         self._moved = moved
         self._rank, self._epoch = rank, epoch
@@ -150,7 +155,7 @@ class BlockMover:
         key = (kind, group, epoch)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _BlockLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._pool)
+            lane = self._lanes[key] = _BlockLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._device)
             if kind != "host" and epoch <= self._cut.get(group, -1):
                 lane.abort.set(f"epoch {epoch} of group {group} has gone")
             elif kind != "host":
@@ -195,35 +200,47 @@ class BlockMover:
     def _run(self, command: Send | Receive | Offload | Load, lane: "_BlockLane", ready: Ready) -> None:
         try:
             lane.abort.check()
-            blocks = _ids(command.blocks, self._pool)
-            elapsed_s = self._move(command, blocks, lane, ready)
-            moved = Moved(self._epoch, command.transfer, True, elapsed_s, len(blocks) * self._pool.layout.block_bytes)
+            pool, host = self._of(command)
+            blocks = _ids(command.blocks, pool)
+            if isinstance(command, Offload | Load):
+                elapsed_s = self._copy(command, pool, blocks, host, lane, ready)
+            else:
+                elapsed_s = self._exchange(command, pool, blocks, lane, ready)
+            moved = Moved(self._epoch, command.transfer, True, elapsed_s, len(blocks) * pool.layout.block_bytes)
         except Exception as error:  # sockets, devices, memory: the scheduler computes anew what did not arrive
             reason = lane.abort.reason or str(error) or type(error).__name__
             logger.warning("transfer %d failed: %s", command.transfer, reason)
             moved = Moved(self._epoch, command.transfer, False, message=reason)
         self._moved(moved)
 
-    def _move(self, command: Send | Receive | Offload | Load, blocks: Blocks, lane: "_BlockLane", ready: Ready) -> float:
-        if isinstance(command, Offload | Load):
-            return self._copy(command, blocks, lane, ready)
+    def _of(self, command: Send | Receive | Offload | Load) -> tuple[KVPool, KVPool | None]:
+        """Its layers' pool, and theirs in host memory. Errors: TransferFailed."""
+        if command.narrow and len(self._pools) == 1:
+            raise TransferFailed("the model has no narrow layers here")
+        return self._pools[command.narrow]
+
+    def _exchange(
+        self, command: Send | Receive, pool: KVPool, blocks: Blocks, lane: "_BlockLane", ready: Ready
+    ) -> float:  # fmt: skip
         if self._transport is None:
             raise TransferFailed("this rank takes no part in transfers")
         port = command.ports[self._rank] if isinstance(command, Receive) else ""
-        shard = Shard(command.transfer, command.group, command.epoch, blocks, lane.side, ready, lane.abort, port)
+        shard = Shard(command.transfer, command.group, command.epoch, pool, blocks, lane.side, ready, lane.abort, port)
         return self._transport.receive(shard) if isinstance(command, Receive) else self._transport.send(shard)
 
-    def _copy(self, command: Offload | Load, blocks: Blocks, lane: "_BlockLane", ready: Ready) -> float:
-        if self._host is None:
+    def _copy(
+        self, command: Offload | Load, pool: KVPool, blocks: Blocks, host: KVPool | None, lane: "_BlockLane", ready: Ready
+    ) -> float:  # fmt: skip
+        if host is None:
             raise TransferFailed("this rank keeps no blocks in host memory")
-        host_blocks = _ids(command.host_blocks, self._host)
+        host_blocks = _ids(command.host_blocks, host)
         began_s = time.perf_counter()
         try:
             with lane.side.after(ready):
                 if isinstance(command, Offload):
-                    copy_blocks(self._pool, blocks, self._host, host_blocks, lane.abort)
+                    copy_blocks(pool, blocks, host, host_blocks, lane.abort)
                 else:
-                    copy_blocks(self._host, host_blocks, self._pool, blocks, lane.abort)
+                    copy_blocks(host, host_blocks, pool, blocks, lane.abort)
         finally:
             lane.side.drain()  # also after an error: what is under way ends by itself, and soon
         return time.perf_counter() - began_s
@@ -232,9 +249,9 @@ class BlockMover:
 class _BlockLane(Lane):
     """A lane with its place on the pool's device."""
 
-    def __init__(self, name: str, pool: KVPool) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         super().__init__(name)
-        self.side = Side(pool.device)
+        self.side = Side(device)
 
 
 def _ids(buffer: bytes, pool: KVPool) -> Blocks:

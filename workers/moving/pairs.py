@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from kvcache.pool import KVPool
 from workers.moving.connection import Connection, StoreEntry
 from workers.moving.mover import TIMEOUT_S, Shard
 
@@ -98,10 +97,10 @@ class PairCommunicator:
 class PairWire:
     """The `Wire` through communicators. Two messages are under way: one is gathered while the other travels."""
 
-    def __init__(self, pool: KVPool, timeout_s: float = TIMEOUT_S, stage_bytes: int = STAGE_BYTES) -> None:
-        self._pool = pool
+    def __init__(self, device: torch.device, timeout_s: float = TIMEOUT_S, stage_bytes: int = STAGE_BYTES) -> None:
+        self._device = device
         self._timeout_s = timeout_s
-        self._batch = max(1, stage_bytes // pool.layout.block_bytes)
+        self._stage_bytes = stage_bytes
         self._pairs: dict[tuple[int, int, int], PairCommunicator] = {}  # (group, epoch, this side's rank)
         self._made = 0
         self._lock = threading.Lock()
@@ -125,7 +124,7 @@ class PairWire:
             for index, stage in self._messages(ids, shard):
                 if len(works) > 1:  # the message before the last was in this stage
                     link.wait(works.popleft())
-                torch.index_select(self._pool.raw, 0, index, out=stage)
+                torch.index_select(shard.pool.raw, 0, index, out=stage)
                 works.append(link.send(stage))
             for work in works:
                 link.wait(work)
@@ -135,7 +134,7 @@ class PairWire:
         with self._using(connection, shard, pair, RECEIVER) as link:
             for index, stage in self._messages(ids, shard):
                 link.wait(link.receive(stage))
-                self._pool.raw.index_copy_(0, index, stage)
+                shard.pool.raw.index_copy_(0, index, stage)
 
     def forget(self, group: int, epoch: int, *, sending: bool) -> None:
         self._drop((group, epoch, SENDER if sending else RECEIVER))
@@ -153,14 +152,14 @@ class PairWire:
                 pair = self._pairs.get(key)
                 if pair is None or pair.number != number:
                     self._drop(key)
-                    pair = self._pairs[key] = PairCommunicator(number, rank, self._pool.device, connection)
+                    pair = self._pairs[key] = PairCommunicator(number, rank, self._device, connection)
                 yield pair
 
             def check() -> None:
                 shard.abort.check()
                 connection.check()
 
-            patience_s = self._timeout_s + len(shard.blocks) * self._pool.layout.block_bytes / SLOWEST_BYTES_S
+            patience_s = self._timeout_s + len(shard.blocks) * shard.pool.layout.block_bytes / SLOWEST_BYTES_S
             shard.side.finish(patience_s, check)
         except BaseException:
             self._drop(key)
@@ -170,12 +169,13 @@ class PairWire:
     def _ids(self, shard: Shard) -> Tensor:
         """On the device. This copy waits for the side stream: so it goes before what that waits for."""
         with shard.side.after():
-            return torch.tensor(shard.blocks, device=self._pool.device)
+            return torch.tensor(shard.blocks, device=self._device)
 
     def _messages(self, ids: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         """(block ids of a message, where to put it), in two stages by turns."""
-        batch = min(self._batch, len(shard.blocks))
-        stages = [self._pool.raw.new_empty(batch, self._pool.layout.block_bytes) for _ in range(2)]
+        size = shard.pool.layout.block_bytes
+        batch = min(max(1, self._stage_bytes // size), len(shard.blocks))
+        stages = [shard.pool.raw.new_empty(batch, size) for _ in range(2)]
         for turn, index in enumerate(torch.split(ids, batch)):
             shard.abort.check()
             yield index, stages[turn % 2][: len(index)]

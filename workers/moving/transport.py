@@ -14,8 +14,8 @@ from contextlib import closing
 from typing import Protocol
 
 import msgspec
+import torch
 
-from kvcache.pool import KVPool
 from scheduler.protocol.handshake import (
     ANSWER_TIMEOUT_S,
     HANDSHAKE_TIMEOUT_S,
@@ -76,9 +76,6 @@ class SocketWire:
     interrupted nor told who may connect.
     """
 
-    def __init__(self, pool: KVPool) -> None:
-        self._pool = pool
-
     def standing(self, shard: Shard) -> int:
         del shard
         return 0
@@ -104,7 +101,7 @@ class SocketWire:
         """Nothing is kept."""
 
     def _runs(self, shard: Shard) -> Iterator[memoryview]:
-        raw = self._pool.raw
+        raw = shard.pool.raw
         for first, end in runs(shard.blocks):
             yield raw[first:end].view(-1).numpy().data
 
@@ -114,13 +111,11 @@ class SocketTransport:
     of a connection prove to know before a block travels; what follows is neither encrypted nor signed."""
 
     def __init__(
-        self, wire: Wire, *, host: str, token: str, group: int, epoch: int, rank: int, block_bytes: int,
-        timeout_s: float = TIMEOUT_S,
-    ) -> None:  # fmt: skip
+        self, wire: Wire, *, host: str, token: str, group: int, epoch: int, rank: int, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._wire = wire
         self._token = token
         self._me = (group, epoch, rank)
-        self._block_bytes = block_bytes
         self._timeout_s = timeout_s
         self._arrived: dict[tuple[int, int, int], tuple[Connection, Fetch, float]] = {}
         self._open: set[Connection] = set()
@@ -136,7 +131,7 @@ class SocketTransport:
     def send(self, shard: Shard) -> float:
         connection, fetch = self._await(shard)
         with closing(connection), shard.abort.waking(connection.shut):
-            if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), self._block_bytes):
+            if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), shard.pool.layout.block_bytes):
                 raise TransferFailed("the two sides do not agree on the blocks")
             pair = self._wire.agree(shard, fetch.pair)
             connection.send(PairOffer(pair))
@@ -150,8 +145,8 @@ class SocketTransport:
         with closing(connection), shard.abort.waking(connection.shut):
             group, epoch, rank = self._me
             fetch = Fetch(
-                shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.blocks), self._block_bytes,
-                self._wire.standing(shard),
+                shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.blocks),
+                shard.pool.layout.block_bytes, self._wire.standing(shard),
             )  # fmt: skip
             try:
                 with cut_after(ANSWER_TIMEOUT_S, connection.shut):
@@ -264,12 +259,12 @@ class SocketTransport:
             self._arrived.pop(key)[0].close()
 
 
-def open_transport(pool: KVPool, *, host: str, token: str, group: int, epoch: int, rank: int) -> SocketTransport:
+def open_transport(
+    device: torch.device, *, host: str, token: str, group: int, epoch: int, rank: int
+) -> SocketTransport:  # fmt: skip
     """The transport of a rank, with the wire that suits its device."""
-    wire = PairWire(pool) if pool.device.type == "cuda" else SocketWire(pool)
-    return SocketTransport(
-        wire, host=host, token=token, group=group, epoch=epoch, rank=rank, block_bytes=pool.layout.block_bytes
-    )
+    wire = PairWire(device) if device.type == "cuda" else SocketWire()
+    return SocketTransport(wire, host=host, token=token, group=group, epoch=epoch, rank=rank)
 
 
 def runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:

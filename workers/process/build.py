@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import BlockLayout, PoolSizes
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import ExpertLoad
+from workers.attention.base import AttentionBackend
+from workers.attention.kinds import KindsAttention
 from workers.attention.select import select_backend
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.execution.cpu.runner import ModelRunner
@@ -61,21 +63,24 @@ CPU_KV_FRACTION = 0.4
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A rank that can step, and what its mover works on. host: its blocks in host memory, None without such a tier.
+    """A rank that can step, and what its mover works on. host: its blocks in host memory, None without such a tier. narrow: the
+    same two of narrow layers, if they have their own.
 
-    blocks: of the pool, that sequences may be granted. expert_load: as in `Reporter`.
+    sizes: of the pools, that sequences may be granted. expert_load: as in `Reporter`.
     """
 
     rank: Rank
     pool: KVPool
     host: KVPool | None
-    blocks: int
+    sizes: PoolSizes
     expert_load: Callable[[], ExpertLoad | None]
+    narrow: tuple[KVPool, KVPool | None] | None = None
 
     @property
-    def host_blocks(self) -> int:
+    def host_sizes(self) -> PoolSizes:
         """Equal on all ranks of a group."""
-        return self.host.blocks if self.host is not None else 0
+        beside = self.narrow[1] if self.narrow is not None else None
+        return PoolSizes(*(pool.blocks if pool is not None else 0 for pool in (self.host, beside)))
 
 
 def build_rank(
@@ -109,16 +114,20 @@ def build_rank(
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
         spec = RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints, scales)
-        runner, blocks, lora = make(spec, phase)
-        host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
+        runner, sizes, lora = make(spec, phase)
+        hosts = _host_pools(spec, sizes, phase) if config.host_kv_memory else []
     except BaseException:
         constraints.close()
         raise
     if comm.rank == 0:
         scaled = f", scaled {'by 1' if scales is None else 'as the checkpoint says'}" if layout.scaled else ""
-        logger.info("KV pool: %d blocks of %d tokens in %s%s, %s bytes a rank", blocks, config.block_size, kv_dtype, scaled,
-                    f"{blocks * layout.block_bytes:,}")  # fmt: skip
-    batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
+        for kind, each, blocks in zip(("", " of layers that see a window"), spec.layouts, sizes, strict=False):
+            logger.info("KV pool: %d blocks%s of %d tokens in %s%s, %s bytes a rank", blocks, kind, config.block_size, kv_dtype,
+                        scaled, f"{blocks * each.block_bytes:,}")  # fmt: skip
+    batch = ResidentBatch(
+        config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len,
+        narrow=runner.narrow is not None,
+    )  # fmt: skip
     rank = Rank(batch, runner, resolved.depth, constraints)
     if lora is not None:
         rank.adapters = Residency(batch, config.lora_slots, ReadingStore(lora))
@@ -127,7 +136,8 @@ def build_rank(
                         f"{lora.nbytes:,}")  # fmt: skip
     counts = runner.expert_counts
     expert_load = (lambda: None) if counts is None else ExpertCounter(counts).take
-    return Built(rank, runner.pool, host, blocks, expert_load)
+    narrow = None if runner.narrow is None else (runner.narrow, hosts[1] if hosts else None)
+    return Built(rank, runner.pool, hosts[0] if hosts else None, sizes, expert_load, narrow)
 
 
 def settle() -> None:
@@ -165,7 +175,7 @@ def _choose_dtype(
     return choice.dtype
 
 
-def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int, AdapterSlots | None]:
+def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, PoolSizes, AdapterSlots | None]:
     """What executes on a CPU, how many blocks it has, and where its adapters are."""
     config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
     model = load_decoder(
@@ -177,57 +187,61 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int, Adapt
     memory = config.kv_memory
     if memory is None:
         memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks
-    blocks = _agree_on_blocks(comm, _useful_blocks(spec, memory), device)
-    pool = KVPool(spec.layout, blocks, device, scales=spec.kv_scales)
-    if isinstance(model, Decoder):
-        model.attention = select_backend(
-            config.attention, pool=pool, heads=shape.heads, forms=model.forms, dtype=spec.dtype
-        )
-    else:
-        model.attend_over(pool, config.attention)
+    sizes = _agree_on_blocks(comm, spec.sizes_in(memory), device)
+    pools, kinds = spec.pools(sizes), spec.kinds
+    of_kinds = [range(shape.layers)] if kinds is None else [kinds.layers(narrow) for narrow in (False, True)]
+    backends: list[AttentionBackend] = []
+    for pool, layers in zip(pools, of_kinds, strict=True):
+        if isinstance(model, Decoder):
+            forms = [model.forms[layer] for layer in layers]
+            backends.append(select_backend(config.attention, pool=pool, heads=shape.heads, forms=forms, dtype=spec.dtype))
+        else:
+            backends.append(model.attention_over(pool, config.attention, layers))
+    model.attention = backends[0] if kinds is None else KindsAttention(backends, kinds)
     sampler = Sampler(
         vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, max_num_seqs=config.max_num_seqs, device=device,
         dtype=spec.dtype,
     )  # fmt: skip
-    return ModelRunner(model, sampler, spec.constraints, config.max_num_seqs, pool), blocks, lora
+    return ModelRunner(model, sampler, spec.constraints, config.max_num_seqs, *pools), sizes, lora
 
 
-def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int, AdapterSlots | None]:
+def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", PoolSizes, AdapterSlots | None]:
     """The same on a GPU. The blocks are for sequences: one more is where padding writes."""
     from workers.execution.gpu.parts import GpuParts  # Triton comes with it
 
     parts = GpuParts(spec)
     parts.load(partial(phase, LOADING))
     phase(MEASURING, 0, 0)
-    config, layout = spec.config, spec.layout
-    memory = config.kv_memory if config.kv_memory is not None else parts.measure()
-    blocks = _agree_on_blocks(spec.comm, _useful_blocks(spec, memory - layout.block_bytes), spec.device)
-    return parts.runner(blocks, partial(phase, CAPTURING)), blocks, parts.lora
+    memory = spec.config.kv_memory if spec.config.kv_memory is not None else parts.measure()
+    spare = sum(layout.block_bytes for layout in spec.layouts)
+    sizes = _agree_on_blocks(spec.comm, spec.sizes_in(memory - spare), spec.device)
+    return parts.runner(sizes, partial(phase, CAPTURING)), sizes, parts.lora
 
 
-def _host_pool(config: WorkerConfig, layout: BlockLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:
-    """Blocks in host memory: on a CPU committed as they are first written, for a GPU pinned at once.
+def _host_pools(spec: RunnerSpec, sizes: PoolSizes, phase: Phase) -> list[KVPool]:
+    """Blocks in host memory, for each kind of layer as large a part of it as of the device's: on a CPU committed as they are
+    first written, for a GPU pinned at once.
 
     Errors: ValueError if not even one fits, RuntimeError where so much cannot be pinned.
     """
     phase(PINNING, 0, 0)
-    if config.host_kv_memory < layout.block_bytes:
-        raise ValueError(f"host_kv_memory={config.host_kv_memory:,} holds no block: one takes {layout.block_bytes:,} bytes")
-    host_blocks = _agree_on_blocks(comm, layout.blocks_in(config.host_kv_memory), device)
-    if comm.rank == 0:
-        logger.info("host tier: %d blocks, %s bytes a rank", host_blocks, f"{host_blocks * layout.block_bytes:,}")
-    return KVPool(layout, host_blocks, "cpu", pinned=device.type == "cuda")
+    memory, layouts = spec.config.host_kv_memory, spec.layouts
+    if memory < sum(layout.block_bytes for layout in layouts):
+        raise ValueError(f"host_kv_memory={memory:,} holds no block: one takes {spec.layout.block_bytes:,} bytes")
+    taken = [blocks * layout.block_bytes for blocks, layout in zip(sizes, layouts, strict=False)]
+    parts = [max(1, memory * of // sum(taken) // layout.block_bytes) for of, layout in zip(taken, layouts, strict=True)]
+    agreed = _agree_on_blocks(spec.comm, PoolSizes(*parts), spec.device)
+    made = []
+    for blocks, layout in zip(agreed, layouts, strict=False):
+        if spec.comm.rank == 0:
+            logger.info("host tier: %d blocks, %s bytes a rank", blocks, f"{blocks * layout.block_bytes:,}")
+        made.append(KVPool(layout, blocks, "cpu", pinned=spec.device.type == "cuda"))
+    return made
 
 
-def _useful_blocks(spec: RunnerSpec, memory: int) -> int:
-    """Whole blocks in `memory`, no more than all rows at full length could fill. Errors: ValueError if not even one fits."""
-    longest = spec.layout.blocks_for(spec.resolved.max_model_len)
-    return min(spec.layout.blocks_in(memory), spec.config.max_num_seqs * longest)
-
-
-def _agree_on_blocks(comm: Communicator, blocks: int, device: torch.device) -> int:
-    """The smallest pool of the group: a block id must be valid on every rank."""
-    return _least(comm, device, blocks)
+def _agree_on_blocks(comm: Communicator, sizes: PoolSizes, device: torch.device) -> PoolSizes:
+    """The smallest pools of the group: a block id must be valid on every rank."""
+    return PoolSizes(*(_least(comm, device, blocks) for blocks in sizes))
 
 
 def _least(comm: Communicator, device: torch.device, number: int) -> int:

@@ -112,7 +112,7 @@ class RankLife:
         self._built = build_rank(self._config, self._resolved, self._comm, self._enter)
         self._comm.wait_at_most(STEP_TIMEOUT_S)
         settle()
-        return self._built.blocks
+        return self._built.sizes.blocks
 
     def _enter(self, phase: str, done: int, total: int) -> None:
         self.phase = (phase, done, total)
@@ -133,7 +133,8 @@ class RankLife:
         assert self._listener is not None
         rank, gathered, transport = self._built.rank, Gathered(self._size), self._open_transport(scheduler)
         if self._config.enable_prefix_caching:
-            rank.ledger = Ledger(rank.batch, self._built.blocks, self._built.host_blocks)
+            sizes, host = self._built.sizes, self._built.host_sizes
+            rank.ledger = Ledger(rank.batch, sizes.blocks, host.blocks, sizes.narrow)
         reads = GatheredReads(self._size)
         feed = SocketFeed(
             self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s, self._epoch,
@@ -172,9 +173,10 @@ class RankLife:
         assert self._built is not None
         rank, scheduler = self._built.rank, term.scheduler
         told = inventory(rank.ledger) if rank.ledger is not None else []
+        sizes, host = self._built.sizes, self._built.host_sizes
         hello = Hello(
-            self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told),
-            self._first_epoch,
+            self._group, term.epoch, sizes.blocks, self._config.max_num_seqs, host.blocks, ports, len(told),
+            self._first_epoch, sizes.narrow, host.narrow,
         )  # fmt: skip
 
         def on_alive() -> None:
@@ -236,7 +238,7 @@ class RankLife:
             return None
         assert self._built is not None
         return open_transport(
-            self._built.pool,
+            self._built.pool.device,
             host=self._host,
             token=scheduler.token,
             group=self._group,
@@ -252,5 +254,5 @@ class RankLife:
     def _attach_mover(self, transport: SocketTransport | None, moved: OnMoved) -> None:
         assert self._built is not None
         self._built.rank.mover = BlockMover(
-            self._built.pool, self._built.host, transport, moved, rank=self._rank, epoch=self._epoch
+            self._built.pool, self._built.host, transport, moved, rank=self._rank, epoch=self._epoch, narrow=self._built.narrow
         )

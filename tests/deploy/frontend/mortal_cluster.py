@@ -109,7 +109,7 @@ class Life:
         built = build_rank(config, resolve(config, "cpu", 1), Solo())
         with closing(built.rank):
             try:
-                link = SocketLink(HOST, self.port, TOKEN, Hello(0, epoch, built.blocks, ROWS))
+                link = SocketLink(HOST, self.port, TOKEN, Hello(0, epoch, built.sizes.blocks, ROWS))
                 built.rank.mover = BlockMover(built.pool, None, None, lambda _: None, rank=0, epoch=epoch)
                 Heart(epoch, link.send, built.rank.pulse)
                 lead(built.rank, link, LocalFeed(0), Reporter(epoch))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from scheduler.config.core import CoreConfig
 from scheduler.core import SchedulerCore
@@ -17,7 +18,6 @@ from scheduler.protocol.leaders import End
 from scheduler.protocol.messages import Connect
 from scheduler.protocol.wire import FrameSocket, listen
 from scheduler.server.server import SchedulerServer
-from tests.workers.moving.movers import random_pool
 from workers.loop.link import Greeting, SocketFeed, SocketInbox
 from workers.moving import transport
 from workers.moving.transport import open_transport
@@ -63,7 +63,7 @@ def leader() -> Iterator[Port]:
 @contextlib.contextmanager
 def sender() -> Iterator[Port]:
     """A rank whose blocks others fetch."""
-    opened = open_transport(random_pool(seed=1), host=HOST, token=TOKEN, group=0, epoch=0, rank=0)
+    opened = open_transport(torch.device("cpu"), host=HOST, token=TOKEN, group=0, epoch=0, rank=0)
     try:
         yield int(opened.address.rpartition(":")[2])
     finally:

@@ -6,7 +6,7 @@ import pytest
 
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
-from scheduler.protocol.inventory import blocks_of, parts
+from scheduler.protocol.inventory import beside_of, blocks_of, narrow_parts, parts
 from scheduler.protocol.leaders import Inventory
 
 
@@ -50,3 +50,13 @@ def test_buffers_that_do_not_agree_are_refused(change: dict[str, bytes]) -> None
     (part,) = parts(STANDING)
     with pytest.raises(ValueError, match="an inventory"):
         list(blocks_of([msgspec.structs.replace(part, **change)]))
+
+
+def test_what_narrow_layers_have_is_told_beside_the_others() -> None:
+    pairs = [(BlockId(block), BlockId(9 - block)) for block in range(5)]
+    told = [*parts([Standing(BlockId(7), None, "", content(1, 2))]), *narrow_parts(pairs, 16)]
+    assert len(told) == 4
+    told = [msgspec.msgpack.decode(msgspec.msgpack.encode(part), type=Inventory) for part in told]
+    assert list(beside_of(told)) == pairs
+    assert [standing.block for standing in blocks_of(told)] == [7]
+    assert not list(blocks_of(told, host=True))

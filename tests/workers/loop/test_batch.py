@@ -75,7 +75,7 @@ def test_a_start_fills_its_row() -> None:
     resident.apply(start(lease(1, 2), tokens=6, cached=4, blocks=(7, 5)))
     assert resident.applied == 1
     assert (resident.known[2], resident.computed[2], resident.granted[2]) == (6, 4, 8)
-    assert resident.block_table[2, :2].tolist() == [7, 5]
+    assert resident.full.ids[2, :2].tolist() == [7, 5]
     launched = step(resident)
     assert (launched.plan.rows.tolist(), launched.plan.counts.tolist(), launched.first.tolist()) == ([2], [2], [4])
 
@@ -101,8 +101,10 @@ def test_what_moves_blocks_counts_as_applied_and_changes_no_row(command: Command
     untouched.apply(start(lease(1, 0)))
     resident.apply(command)
     assert (resident.applied, resident.vacated) == (2, [])
-    for name in ("lease", "known", "computed", "granted", "blocks", "block_table"):
+    for name in ("lease", "known", "computed", "granted"):
         assert (getattr(resident, name) == getattr(untouched, name)).all()
+    assert (resident.full.counts == untouched.full.counts).all()
+    assert (resident.full.ids == untouched.full.ids).all()
 
 
 def test_grants_and_remaps_change_the_block_table_of_their_lease_only() -> None:
@@ -111,8 +113,8 @@ def test_grants_and_remaps_change_the_block_table_of_their_lease_only() -> None:
     resident.apply(start(lease(2, 1), blocks=(3, 4)))
     resident.apply(Grant(lease(1, 0), (8, 9)))
     resident.apply(Remap(lease(2, 1), 0, 6))
-    assert resident.block_table[0, :4].tolist() == [0, 1, 8, 9]
-    assert resident.block_table[1, :2].tolist() == [6, 4]
+    assert resident.full.ids[0, :4].tolist() == [0, 1, 8, 9]
+    assert resident.full.ids[1, :2].tolist() == [6, 4]
     assert resident.granted[:2].tolist() == [16, 8]
 
 
@@ -120,17 +122,17 @@ def test_a_start_in_the_midst_keeps_the_places_of_its_blocks() -> None:
     """Those before the first that is seen have none; what is given back later keeps its place too."""
     resident = batch()
     resident.apply(start(lease(1, 0), 20, cached=12, blocks=(7, 5, 3), first=2))
-    assert (resident.first[0], resident.blocks[0], resident.granted[0]) == (2, 5, 20)
-    assert resident.block_table[0, 2:5].tolist() == [7, 5, 3]
-    assert resident.edited == [(0, 2, 5)]
+    assert (resident.full.first[0], resident.full.counts[0], resident.granted[0]) == (2, 5, 20)
+    assert resident.full.ids[0, 2:5].tolist() == [7, 5, 3]
+    assert resident.full.edited == [(0, 2, 5)]
     launched = step(resident)
     assert (launched.first.tolist(), launched.plan.counts.tolist()) == ([12], [8])
     resident.apply(Grant(lease(1, 0), (9,)))
     resident.apply(Trim(lease(1, 0), 4))
-    assert resident.block_table[0, 4:6].tolist() == [3, 9]
-    assert (resident.first[0], resident.granted[0]) == (4, 24)
+    assert resident.full.ids[0, 4:6].tolist() == [3, 9]
+    assert (resident.full.first[0], resident.granted[0]) == (4, 24)
     resident.apply(Drop(lease(1, 0)))
-    assert resident.first[0] == 0
+    assert resident.full.first[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -143,15 +145,15 @@ def test_a_command_for_an_ended_lease_is_a_no_op(late: Grant | Remap | Drop | Tr
     resident.apply(Drop(lease(1, 0)))
     if reused:
         resident.apply(start(lease(2, 0), blocks=(3, 4)))
-    before = (resident.lease.tolist(), resident.granted.tolist(), resident.block_table.tolist(), resident.known.tolist())
+    before = (resident.lease.tolist(), resident.granted.tolist(), resident.full.ids.tolist(), resident.known.tolist())
     resident.apply(late)
     assert before == (
         resident.lease.tolist(),
         resident.granted.tolist(),
-        resident.block_table.tolist(),
+        resident.full.ids.tolist(),
         resident.known.tolist(),
     )
-    assert not resident.first.any()
+    assert not resident.full.first.any()
     assert resident.applied == 3 + reused
 
 
@@ -255,8 +257,8 @@ def test_what_has_changed_in_the_block_table_is_written_down_for_executors() -> 
     resident.apply(Grant(lease(1, 1), (7,)))
     resident.apply(Remap(lease(1, 1), 0, 9))
     resident.apply(Grant(lease(9, 1), (8,)))  # of a lease that is not there
-    assert resident.edited == [(1, 0, 2), (1, 2, 3), (1, 0, 1)]
-    assert resident.block_table[1, :3].tolist() == [9, 6, 7]
+    assert resident.full.edited == [(1, 0, 2), (1, 2, 3), (1, 0, 1)]
+    assert resident.full.ids[1, :3].tolist() == [9, 6, 7]
 
 
 def test_a_row_is_not_held_back_by_a_grammar_it_had_before() -> None:

@@ -69,7 +69,7 @@ def test_it_has_the_tokens_of_prompts_and_of_outputs(depth: int, steps: int) -> 
     assert isinstance(executor, SimulatedExecutor)
     for at, token in enumerate(tokens.tolist()):  # whatever it says, the KV there is of exactly these tokens
         state = digest(state, token)
-        assert executor.cache[blocks[at // 4], at % 4] == state
+        assert executor.caches[0][blocks[at // 4], at % 4] == state
 
 
 def test_a_hit_is_known_though_nobody_here_has_computed_it() -> None:
@@ -282,3 +282,20 @@ def test_a_transfer_of_another_scheduler_is_not_taken_for_one_of_the_last() -> N
     made.ledger.forget_transfers()
     made.ledger.moved(Moved(1, 1, True))
     assert stored(made) == []
+
+
+def test_narrow_blocks_are_told_beside_the_full_ones_until_either_is_overwritten() -> None:
+    batch = ResidentBatch(3, 4, 64, 400, narrow=True)
+    executor = SimulatedExecutor(12, 4, 3, 5, None, 6, 8)
+    group = Rank(batch, executor)
+    group.ledger = Ledger(batch, 12, 0, 8)
+    begun = replace(start(lease(1, 0), tokens=11, blocks=(3, 4, 5), max_tokens=6), narrow=ids(0, 1, 2))
+    run(group, begun, turns=3)
+    run(group, Trim(lease(1, 0), 1, narrow=True))
+    run(group, Remap(lease(1, 0), 1, 7, narrow=True), Drop(lease(1, 0)))
+    group.ledger.standing()
+    assert sorted(group.ledger.narrow()) == [(0, 3), (2, 5), (7, 4)]
+    overwriting = replace(start(lease(2, 1), tokens=3, blocks=(5,)), narrow=ids(7))
+    run(group, overwriting, Drop(lease(2, 1)))
+    group.ledger.standing()
+    assert group.ledger.narrow() == [(0, 3)], "block 5 and narrow block 7 are another's"

@@ -28,8 +28,8 @@ class Recorder:
     def release(self, row: int) -> None:
         self.calls.append(f"release {row}")
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.calls.append(f"copy {source} {target} {tokens}")
+    def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None:
+        self.calls.append(f"copy {source} {target} {tokens}{' narrow' if narrow else ''}")
 
     def close(self) -> None:
         self.calls.append("close")
@@ -173,8 +173,9 @@ def test_a_peer_that_makes_the_leader_s_turns_has_the_leader_s_batch(depth: int)
     assert lead(leader, script, feed, Reporter(0)) == "done"
     assert script.sent
     assert follow(peer, feed) == "done"
-    for name in ("lease", "known", "computed", "granted", "block_table"):
+    for name in ("lease", "known", "computed", "granted"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
+    assert (leader.batch.full.ids == peer.batch.full.ids).all()
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -201,8 +202,9 @@ def test_a_row_whose_grammar_is_being_compiled_holds_up_nobody_on_any_rank(depth
     assert [rows for rows in steps[4:] if rows] == [[1], [1]]
     assert [list(held) for _, held in feed.turns[:6]] == [[1]] * 5 + [[]]
     assert follow(peer, feed) == "done"
-    for name in ("lease", "known", "computed", "granted", "block_table"):
+    for name in ("lease", "known", "computed", "granted"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
+    assert (leader.batch.full.ids == peer.batch.full.ids).all()
 
 
 def results(one: Rank, commands: list[Command], turns: int) -> list[StepResult]:

@@ -49,7 +49,7 @@ def test_a_stale_or_wrong_block_does_not() -> None:
     executor = SimulatedExecutor(8, 4, 2, VOCABULARY)
     output(executor, 0, (3, 1, 6))
     assert output(executor, 4, (1, 0, 2)) != continuation(PROMPT, 3, VOCABULARY)
-    executor.cache[3] += np.uint64(1)
+    executor.caches[0][3] += np.uint64(1)
     assert output(executor, 4, (3, 0, 2)) != continuation(PROMPT, 3, VOCABULARY)
 
 

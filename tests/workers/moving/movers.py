@@ -105,13 +105,12 @@ class World:
 
     def _transport(self, pool: KVPool, group: int, epoch: int, token: str) -> Transport:
         if self.kind == "local":
-            return LocalTransport(self.exchange, pool, group=group, epoch=epoch, rank=0, timeout_s=self.timeout_s)
+            return LocalTransport(self.exchange, group=group, epoch=epoch, rank=0, timeout_s=self.timeout_s)
         small = 3 * pool.layout.block_bytes  # several messages for each transfer
-        wire = SocketWire(pool) if self.kind == "socket" else PairWire(pool, self.timeout_s, stage_bytes=small)
+        wire = SocketWire() if self.kind == "socket" else PairWire(pool.device, self.timeout_s, stage_bytes=small)
         return SocketTransport(
-            wire, host="127.0.0.1", token=token, group=group, epoch=epoch, rank=0, block_bytes=pool.layout.block_bytes,
-            timeout_s=self.timeout_s,
-        )  # fmt: skip
+            wire, host="127.0.0.1", token=token, group=group, epoch=epoch, rank=0, timeout_s=self.timeout_s
+        )
 
     def close(self) -> None:
         for site in self.sites:

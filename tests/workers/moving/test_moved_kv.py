@@ -38,9 +38,9 @@ class Movable:
         for rank, built in enumerate(group.built):
             transport: Transport
             if exchange is not None:
-                transport = LocalTransport(exchange, built.pool, group=number, epoch=0, rank=rank)
+                transport = LocalTransport(exchange, group=number, epoch=0, rank=rank)
             else:
-                transport = open_transport(built.pool, host="127.0.0.1", token=TOKEN, group=number, epoch=0, rank=rank)
+                transport = open_transport(built.pool.device, host="127.0.0.1", token=TOKEN, group=number, epoch=0, rank=rank)
             transports.append(transport)
             mover = BlockMover(built.pool, built.host, transport, gathered.add, rank=rank, epoch=0)
             built.rank.mover = mover
@@ -90,7 +90,7 @@ def test_a_prefix_from_another_group(make: Make, kind: str, depth: int, size: in
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_prefix_that_was_kept_in_host_memory(make: Make, size: int) -> None:
     one = make(1, size, 1, Exchange(), host_kv_memory=1 << 20)
-    assert all(built.host_blocks == one.group.built[0].host_blocks > 8 for built in one.group.built)
+    assert all(built.host_sizes.blocks == one.group.built[0].host_sizes.blocks > 8 for built in one.group.built)
     undisturbed = one.group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     one.move(Offload(1, ids([0, 1]), ids([6, 3])))
     assert one.said.wait(1).ok

@@ -35,7 +35,7 @@ class Group:
 
         def build(comm: Communicator) -> Built:
             built = build_rank(config, resolved, comm)
-            assert built.blocks >= BLOCKS
+            assert built.sizes.blocks >= BLOCKS
             return replace(built, rank=Rank(built.rank.batch, built.rank.executor, depth))
 
         self.built = list(self.threads.map(build, comms))

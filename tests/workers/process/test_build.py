@@ -29,12 +29,12 @@ RESOLVED = ResolvedWorker(max_model_len=128)
 
 def test_told_memory_is_cut_into_whole_blocks() -> None:
     built = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes + 1), RESOLVED, Solo())
-    assert built.blocks == 5
+    assert built.sizes.blocks == 5
 
 
 def test_no_more_blocks_than_all_rows_could_fill() -> None:
     built = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.block_bytes), RESOLVED, Solo())
-    assert built.blocks == CONFIG.max_num_seqs * RESOLVED.max_model_len // CONFIG.block_size
+    assert built.sizes.blocks == CONFIG.max_num_seqs * RESOLVED.max_model_len // CONFIG.block_size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -43,15 +43,15 @@ def test_kv_in_fp8_takes_a_byte_a_number_whatever_the_model_computes_in(dtype: s
     built = build_rank(told, RESOLVED, Solo())
     assert built.host is not None
     assert built.pool.layout == built.host.layout == replace(LAYOUT, dtype="float8_e4m3fn")
-    assert (built.blocks, built.host_blocks) == (20, 8)
+    assert (built.sizes.blocks, built.host_sizes.blocks) == (20, 8)
 
 
 def test_host_memory_is_cut_into_blocks_of_the_same_size() -> None:
     config = replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes)
-    assert build_rank(config, RESOLVED, Solo()).host_blocks == 0
+    assert build_rank(config, RESOLVED, Solo()).host_sizes.blocks == 0
     built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.block_bytes + 1), RESOLVED, Solo())
     assert built.host is not None
-    assert (built.blocks, built.host_blocks, built.host.layout) == (5, 9, LAYOUT)
+    assert (built.sizes.blocks, built.host_sizes.blocks, built.host.layout) == (5, 9, LAYOUT)
     with pytest.raises(ValueError, match=r"host_kv_memory=1 holds no block"):
         build_rank(replace(config, host_kv_memory=1), RESOLVED, Solo())
 
@@ -65,7 +65,7 @@ def test_without_a_word_the_ranks_of_a_host_share_a_part_of_its_free_memory(monk
     free = 20 * LAYOUT.block_bytes
     monkeypatch.setattr(build, "_available_memory", lambda: free)
     built = build_rank(CONFIG, RESOLVED, Solo())
-    assert built.blocks == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks // LAYOUT.block_bytes
+    assert built.sizes.blocks == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks // LAYOUT.block_bytes
 
 
 def test_the_host_says_how_much_is_free() -> None:

@@ -3,6 +3,8 @@
 Imports torch, NumPy, the batch, `step` and what rows with adapters are.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,16 +26,15 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
     starts = np.concatenate([[0], np.cumsum(counts)])
     owner = np.repeat(np.arange(len(rows)), counts)
     positions = np.arange(starts[-1]) - starts[owner] + step.first[owner]
-    block = positions // batch.block_size
-    slots = batch.block_table[rows[owner], block].astype(np.int64) * batch.block_size + positions % batch.block_size
+    slots = batch.full.slots(rows[owner], positions, batch.block_size)
     width = int(-(-context.max() // batch.block_size))
-    tables = batch.block_table[rows, :width]
+    tables = batch.full.ids[rows, :width]
     decodes = step.plan.decodes
     spans = zip(rows[decodes:], step.first[decodes:], context[decodes:], strict=True)
     chunks = [batch.tokens[row][start:end] for row, start, end in spans]
     decoded = last_tokens[_tensor(rows[:decodes], device)]
     tokens = torch.cat([decoded, _tensor(np.concatenate(chunks).astype(np.int64), device)]) if chunks else decoded
-    return StepInput(
+    made = StepInput(
         tokens=tokens,
         positions=_tensor(positions, device),
         slots=_tensor(slots, device),
@@ -47,6 +48,11 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
         host_block_tables=tables,
         adapters=_adapters(batch, rows, counts),
     )
+    if batch.narrow is None:
+        return made
+    slots, tables = batch.narrow.slots(rows[owner], positions, batch.block_size), batch.narrow.ids[rows, :width]
+    there = replace(made, slots=_tensor(slots, device), block_tables=_tensor(tables, device), host_block_tables=tables)
+    return replace(made, narrow=there)
 
 
 def _adapters(

@@ -33,11 +33,14 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """The `Executor` that computes. pool: the blocks that the model's attention is bound to. max_num_seqs: rows of the
-    resident batch."""
+    """The `Executor` that computes. pool: the blocks that the model's attention is bound to; narrow: those of narrow layers
+    beside others. max_num_seqs: rows of the resident batch."""
 
-    def __init__(self, model: Model, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool) -> None:
-        self.pool = pool
+    def __init__(
+        self, model: Model, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool,
+        narrow: KVPool | None = None,
+    ) -> None:  # fmt: skip
+        self.pool, self.narrow = pool, narrow
         self._model = model
         self._sampler = sampler
         self._constraints = constraints
@@ -70,8 +73,10 @@ class ModelRunner:
     def close(self) -> None:
         self._constraints.close()
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.pool.copy(source, target, tokens)
+    def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None:
+        pool = self.narrow if narrow else self.pool
+        assert pool is not None, "the model has no narrow layers"
+        pool.copy(source, target, tokens)
 
     @torch.inference_mode()
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:

@@ -1,10 +1,12 @@
 """A step's attention as the model calls it, layer by layer: the decodes' and the chunks'. Imports torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from kvcache.layout import LayerKinds
 from workers.attention.base import PagedAttention
 from workers.kernels.heads.turn import HeadTurn
 
@@ -36,3 +38,18 @@ class ChunkAttend:
     ) -> Tensor:
         assert turn is None, "chunks attend to keys that stand in the pool"
         return self.attention.chunks(layer, query, self.plan, sinks=sinks)
+
+
+class KindsAttend:
+    """Of both kinds of layer: by a layer's number in the model. attends: of those that see all, and of the narrow ones."""
+
+    def __init__(self, attends: "Sequence[DecodeAttend | ChunkAttend]", kinds: LayerKinds) -> None:
+        self.turns = all(attend.turns for attend in attends)
+        self._attends = attends
+        self._layers = list(zip(kinds.narrow, kinds.places, strict=True))
+
+    def __call__(
+        self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        narrow, place = self._layers[layer]
+        return self._attends[narrow](place, query, turn, sinks)

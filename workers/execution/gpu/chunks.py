@@ -30,6 +30,7 @@ class ChunkStep:
     tokens, positions, slots: [tokens]. rows: [chunks] of the batch. wanted: [n] tokens whose logits are wanted: of those that
     sample, then of prompts that are measured; behind them those whose hidden states are. sampled_rows, sampled_positions:
     [samples] rows of the batch, and the positions of their new tokens. adapters: [tokens] slots of their LoRA adapters.
+    narrow_slots: [tokens] of narrow layers, where these have their own; else nothing that is read.
     """
 
     tokens: Tensor
@@ -42,15 +43,16 @@ class ChunkStep:
     sampled_rows: Tensor
     sampled_positions: Tensor
     adapters: Tensor
+    narrow_slots: Tensor
     max_query: int
     max_context: int
 
-    def attention(self, state: DeviceBatch) -> Chunks:
-        """What attention wants to know; the block tables are gathered by the device."""
+    def attention(self, tables: Tensor) -> Chunks:
+        """What attention wants to know; the block tables are gathered by the device. tables: [rows + 1, blocks]."""
         return Chunks(
             query_starts=self.starts,
             context_lens=self.contexts,
-            block_tables=state.tables.index_select(0, self.rows),
+            block_tables=tables.index_select(0, self.rows),
             tokens=len(self.tokens),
             max_query=self.max_query,
             max_context=self.max_context,
@@ -98,12 +100,14 @@ class ChunkInputs:
     def clear(self, tokens: int) -> None:
         """A padded step of nothing but padding."""
         nothing = np.zeros(0, np.int64)
-        self._send_padded([*[nothing] * 3, np.zeros(1, np.int64), *[nothing] * 6], tokens)
+        self._send_padded([*[nothing] * 3, np.zeros(1, np.int64), *[nothing] * 7], tokens)
 
     def _send_padded(self, parts: list[Ints], tokens: int) -> None:
         """parts: as `_parts` gives them."""
         rows, filling = self._state.padding, min(len(parts[0]), tokens - 1)  # a token of padding, if there is any
-        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, filling, rows, 1, NO_ADAPTER)
+        state = self._state
+        ends = int(parts[3][-1])
+        fills = (0, 0, state.scratch_slot, ends, 0, rows, filling, rows, 1, NO_ADAPTER, state.narrow_scratch_slot)
         padded = [
             np.pad(part, (0, size - len(part)), constant_values=fill)
             for part, size, fill in zip(parts, _sizes(tokens, PADDED_CHUNKS), fills, strict=True)
@@ -119,29 +123,29 @@ class ChunkInputs:
         starts = np.concatenate([[0], np.cumsum(counts)])
         owner = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(starts[-1]) - starts[owner] + first[owner]
-        block, offset = np.divmod(positions, batch.block_size)
-        slots = batch.block_table[rows[owner], block].astype(np.int64) * batch.block_size + offset
+        slots = batch.full.slots(rows[owner], positions, batch.block_size)
+        narrow = slots if batch.narrow is None else batch.narrow.slots(rows[owner], positions, batch.block_size)
         tokens = [batch.tokens[row][begin:end] for row, begin, end in zip(rows, first, context, strict=True)]
         wanted = [starts[1:][samples] - 1]
         wanted += [starts[part.index - decodes] + np.arange(part.count) for part in step.measured]
         wanted += [starts[part.index - decodes] + part.start + np.arange(part.count) for part in step.pooled]
         return [
             np.concatenate(tokens), positions, slots, starts, context, rows, np.concatenate(wanted), rows[samples],
-            context[samples], batch.adapter[rows[owner]].astype(np.int64),
+            context[samples], batch.adapter[rows[owner]].astype(np.int64), narrow,
         ]  # fmt: skip
 
 
 def _step(parts: list[Tensor], max_query: int, max_context: int) -> ChunkStep:
-    tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, adapters = parts
+    tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, adapters, narrow = parts
     return ChunkStep(
-        tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, adapters, int(max_query),
-        int(max_context),
+        tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, adapters, narrow,
+        int(max_query), int(max_context),
     )  # fmt: skip
 
 
 def _sizes(tokens: int, chunks: int) -> list[int]:
     """int32s of each part of a padded step."""
-    return [_aligned(size) for size in (tokens, tokens, tokens, chunks + 1, *[chunks] * 5, tokens)]
+    return [_aligned(size) for size in (tokens, tokens, tokens, chunks + 1, *[chunks] * 5, tokens, tokens)]
 
 
 def _aligned(size: int) -> int:

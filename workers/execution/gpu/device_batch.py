@@ -4,7 +4,7 @@
     position    [rows + 1]        int32   of the token to compute next; each decode moves it on
     order       [most]            int32   rows of the next decode step, then padding
     settings    [rows + 1, 16]    int32   how each row samples (`kernels.sampling.record`)
-    tables      [rows + 1, blocks] int32   block tables
+    tables      [rows + 1, blocks] int32   block tables; of narrow layers beside others once more
     prefixes    [most], [sets * 3], [most] int32   which of the next decode step share a prefix (`attention.prefixes`)
     adapters    [rows + 1]        int32   slots of their LoRA adapters
 
@@ -14,10 +14,12 @@ sequence is ever granted, and its position stays 0. Imports torch, NumPy and the
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from workers.execution.gpu.pinned import PinnedRing
 from workers.execution.gpu.prefixes import LEAST_SAVED_TOKENS, PrefixFinder
@@ -33,19 +35,29 @@ IN_FLIGHT = 4
 """Pinned buffers of each kind: more than the steps that are ever under way."""
 
 
+class NarrowTables(NamedTuple):
+    """Of narrow layers, as `DeviceBatch` has them of the others: tables, slots, step_tables."""
+
+    tables: Tensor
+    slots: Tensor
+    step_tables: Tensor
+
+
 class DeviceBatch:
     """max_num_seqs: rows of the batch. blocks: width of a block table. most: sequences in one decode step. scratch_block: where
-    padding writes. prefixes: how attention shares them.
+    padding writes. narrow_scratch: the same of narrow layers, where these have block tables of their own. prefixes: how
+    attention shares them.
 
     Invariant: before each decode step the device's positions of its rows are the host's, and nothing else of it is read.
     """
 
     def __init__(
         self, *, max_num_seqs: int, blocks: int, block_size: int, most: int, scratch_block: int, device: torch.device,
-        prefixes: PrefixLimits = NOT_SHARED,
+        prefixes: PrefixLimits = NOT_SHARED, narrow_scratch: int | None = None,
     ) -> None:  # fmt: skip
         self.padding = max_num_seqs
         self.scratch_slot = scratch_block * block_size
+        self.narrow_scratch_slot = 0 if narrow_scratch is None else narrow_scratch * block_size
         self.longest = blocks * block_size
         self._block_size = block_size
         self._width = blocks
@@ -55,14 +67,16 @@ class DeviceBatch:
         )
         self._of_prefixes = most, prefixes.sets(most) * SET_FIELDS, most
         rows = max_num_seqs + 1
-        sizes = (rows, rows, most, sum(self._of_prefixes), rows, rows * WORDS, rows * blocks)
+        sizes = [rows, rows, most, sum(self._of_prefixes), rows, rows * WORDS, rows * blocks]
+        sizes += [] if narrow_scratch is None else [rows * blocks]
         starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._last_token, self._position, self._order, self._prefixes, self._adapters = starts[:5]
-        self._settings, self._tables = starts[5:-1]
+        self._settings, self._tables = starts[5], starts[6:-1]
         state = np.zeros(starts[-1], np.int32)
         state[self._order : self._order + most] = self.padding
         state[self._adapters : self._adapters + rows] = NO_ADAPTER
-        state[starts[-1] - blocks :] = scratch_block
+        for end, block in zip(starts[7:], (scratch_block, narrow_scratch or 0), strict=False):
+            state[end - blocks : end] = block
         self._state = torch.from_numpy(state).to(device)
         parts = self._state.split_with_sizes(sizes)
         self.last_token, self.position, self.order = parts[:3]
@@ -74,6 +88,10 @@ class DeviceBatch:
         self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
         self.slots = torch.zeros(most, dtype=torch.int64, device=device)
         self.step_tables = torch.zeros(most, blocks, dtype=torch.int32, device=device)
+        self.narrow: NarrowTables | None = None
+        if narrow_scratch is not None:
+            beside = parts[7].view(rows, blocks)
+            self.narrow = NarrowTables(beside, torch.zeros_like(self.slots), torch.zeros_like(self.step_tables))
         # the host's idea of what the device holds
         self._known_order = np.full(most, self.padding, np.int32)
         self._known_position = np.zeros(max_num_seqs + 1, np.int64)
@@ -105,6 +123,7 @@ class DeviceBatch:
         gather(
             self.order, self.last_token, self.position, self.tables, tokens=self.tokens, positions=self.positions,
             slots=self.slots, contexts=self.contexts, step_tables=self.step_tables, block_size=self._block_size, batch=padded,
+            narrow=self.narrow,
         )  # fmt: skip
 
     def _changes(
@@ -115,8 +134,9 @@ class DeviceBatch:
             yield np.array([self._last_token + row]), np.array([token])
             yield self._settings + row * WORDS + np.arange(WORDS), record
         self._admitted.clear()
-        for row, begin, end in batch.edited:
-            yield self._tables + row * self._width + np.arange(begin, end), batch.block_table[row, begin:end]
+        for at, tables in zip(self._tables, batch.kinds, strict=True):
+            for row, begin, end in tables.edited:
+                yield at + row * self._width + np.arange(begin, end), tables.ids[row, begin:end]
         order = np.full(padded, self.padding, np.int32)
         order[: len(rows)] = rows
         moved = np.flatnonzero(order != self._known_order[:padded])
@@ -126,8 +146,8 @@ class DeviceBatch:
         if self._limits.rows > 1 and (self._remapped(batch) or not np.array_equal(rows, self._grouped)):
             self._grouped = rows.copy()
             # Blocks of each that are complete; where a beginning has been given back its ids say nothing.
-            full = np.where(batch.first[rows], 0, first // self._block_size)
-            prefixes = self._find_prefixes(batch.block_table[rows, : full.max(initial=0)], full)
+            full = np.where(batch.full.first[rows], 0, first // self._block_size)
+            prefixes = self._find_prefixes(batch.full.ids[rows, : full.max(initial=0)], full)
             changed = np.flatnonzero(prefixes != self._known_prefixes)
             self._known_prefixes = prefixes
             yield self._prefixes + changed, prefixes[changed]
@@ -141,7 +161,7 @@ class DeviceBatch:
 
     def _remapped(self, batch: ResidentBatch) -> bool:
         """A block that holds a sequence's beginning is another one now."""
-        return any(begin * self._block_size < self._known_position[row] for row, begin, _ in batch.edited)
+        return any(begin * self._block_size < self._known_position[row] for row, begin, _ in batch.full.edited)
 
     def _find_prefixes(self, tables: Int32s, full: Ints) -> Int32s:
         """What `prefixes` is to say. tables, full: of the decodes, as `PrefixFinder.find` takes them."""

@@ -5,17 +5,20 @@ Imports torch, Triton's kernels and the tensor side of the room.
 
 import gc
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kvcache.pool import KVPool
+from kvcache.layout import PoolSizes
+from kvcache.pool import KVPool, KVPools
+from workers.attention.base import PagedAttention
 from workers.attention.select import select_device_backends
 from workers.execution.gpu.chunks import PADDED_CHUNKS
 from workers.execution.gpu.device_batch import DeviceBatch
 from workers.execution.gpu.graphs import chunk_ladder, ladder
-from workers.execution.gpu.runner import Captured, GpuRunner
+from workers.execution.gpu.runner import Captured, GpuRunner, Narrow
 from workers.execution.spec import RunnerSpec
 from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import NO_ADAPTER, ResidentBatch
@@ -68,8 +71,8 @@ class GpuParts:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
         graphs take, which are run and captured here."""
         blocks = self._spec.layout.blocks_for(self._spec.config.max_num_batched_tokens)
-        probe = (blocks + 1) * self._spec.layout.block_bytes
-        runner = self._make(blocks)
+        probe = sum((blocks + 1) * layout.block_bytes for layout in self._spec.layouts)
+        runner = self._make(PoolSizes(blocks, blocks))
         self._compile(runner)
         torch.cuda.reset_peak_memory_stats()
         self._run_largest_step(runner)
@@ -83,9 +86,9 @@ class GpuParts:
         others = total - free - torch.cuda.memory_reserved()
         return int(total * self._spec.config.gpu_memory_fraction) - others - peak - graphs - MARGIN_BYTES
 
-    def runner(self, blocks: int, captured: Captured) -> GpuRunner:
-        """The one that serves, over a pool of so many blocks and the scratch block."""
-        runner = self._make(blocks)
+    def runner(self, sizes: PoolSizes, captured: Captured) -> GpuRunner:
+        """The one that serves, over pools of so many blocks and the scratch block of each."""
+        runner = self._make(sizes)
         self._compile(runner)
         if self._graphs:
             runner.capture(ladder(self._most), chunk_ladder(self._largest), captured)
@@ -104,33 +107,42 @@ class GpuParts:
                 self._run_prefill(runner, min(tokens, self._spec.config.max_num_batched_tokens))
         torch.cuda.synchronize()
 
-    def _make(self, blocks: int) -> GpuRunner:
-        config = self._spec.config
-        pool = KVPool(self._spec.layout, blocks + 1, self._spec.device, scales=self._spec.kv_scales)
-        assert self._decoder is not None, "made before it is loaded"
-        shapes = None if isinstance(self._decoder, Decoder) else [heads.even for heads in self._decoder.heads]
-        attention, small = select_device_backends(
-            config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, forms=self._decoder.forms,
-            shapes=shapes, dtype=self._spec.dtype,
-        )  # fmt: skip
+    def _make(self, sizes: PoolSizes) -> GpuRunner:
+        config, kinds = self._spec.config, self._spec.kinds
+        pools = self._spec.pools(sizes, spare=1)
+        pool, narrow = pools[0], None
+        attention, small = self._attention(pool, range(self._spec.layout.layers) if kinds is None else kinds.layers(False))
+        if kinds is not None:
+            narrow = Narrow(kinds, pools[1], *self._attention(pools[1], kinds.layers(True)))
         state = DeviceBatch(
             max_num_seqs=config.max_num_seqs,
             blocks=self._spec.layout.blocks_for(self._spec.resolved.max_model_len),
             block_size=config.block_size,
             most=self._most,
-            scratch_block=blocks,
+            scratch_block=sizes.blocks,
             device=self._spec.device,
             prefixes=attention.prefixes,
+            narrow_scratch=None if narrow is None else sizes.narrow,
         )
-        model = self._over(pool)
+        model = self._over(pool if narrow is None else KVPools(pool, narrow.pool, narrow.kinds), state.scratch_slot)
         return GpuRunner(
-            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest, config.lora_slots,
-            self._spec.comm.check,
+            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest, pool,
+            config.lora_slots, self._spec.comm.check, narrow,
         )  # fmt: skip
 
-    def _over(self, pool: KVPool) -> PagedDecoder:
+    def _attention(self, pool: KVPool, layers: Sequence[int]) -> tuple[PagedAttention, PagedAttention]:
+        """As of `select_device_backends`, for layers whose blocks the pool has."""
+        assert self._decoder is not None, "made before it is loaded"
+        forms = [self._decoder.forms[layer] for layer in layers]
+        shapes = None if isinstance(self._decoder, Decoder) else [self._decoder.heads[layer].even for layer in layers]
+        return select_device_backends(
+            self._spec.config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, forms=forms, shapes=shapes,
+            dtype=self._spec.dtype,
+        )  # fmt: skip
+
+    def _over(self, pool: KVPool | KVPools, scratch_slot: int) -> PagedDecoder:
         if isinstance(self._decoder, Decoder):
-            return FusedDecoder(self._decoder, pool, (pool.blocks - 1) * pool.layout.block_size)
+            return FusedDecoder(self._decoder, pool, scratch_slot)
         from workers.model.gpu.paged import PagedTransformers
 
         assert self._decoder is not None, "made before it is loaded"
@@ -147,14 +159,19 @@ class GpuParts:
         where there are few, several prompts write to one. adapter: the slot of theirs."""
         config = self._spec.config
         max_model_len = self._spec.resolved.max_model_len
-        batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, max_model_len)
+        narrow = runner.narrow
+        batch = ResidentBatch(
+            config.max_num_seqs, config.block_size, config.max_num_batched_tokens, max_model_len, narrow=narrow is not None
+        )
         left, block = max(2, tokens), 0
         for row in range(config.max_num_seqs):
             length = min(left, max_model_len - 1)
             if length < 2:
                 break  # a single token were a decode
             blocks = self._spec.layout.blocks_for(length)
-            batch.block_table[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
+            batch.full.ids[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
+            if batch.narrow is not None and narrow is not None:
+                batch.narrow.ids[row, :blocks] = (block + np.arange(blocks)) % (narrow.blocks - 1)
             batch.known[row], batch.granted[row], batch.lease[row] = length, length, row
             batch.tokens[row], batch.adapter[row] = np.zeros(length, np.int32), adapter
             left, block = left - length, block + blocks

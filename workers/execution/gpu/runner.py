@@ -18,20 +18,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcache.layout import LayerKinds
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Start
 from workers.attention.base import PagedAttention
-from workers.execution.gpu.attend import ChunkAttend, DecodeAttend
+from workers.execution.gpu.attend import ChunkAttend, DecodeAttend, KindsAttend
 from workers.execution.gpu.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.gpu.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.gpu.graphs import SMALL_STEP, StepGraphs
 from workers.execution.gpu.pinned import PinnedRing
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pooling import PooledPrompt, Pooler
+from workers.kernels.attention.prefixes import SharedPrefixes
 from workers.loop.batch import NO_ADAPTER, Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.gpu.adapters import DeviceRows
-from workers.model.gpu.fused import FusedDecoder, PagedDecoder
+from workers.model.gpu.fused import Attend, FusedDecoder, PagedDecoder, Slots
 from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
 from workers.sampling.logprobs import PromptPart
@@ -70,13 +72,24 @@ class Graphs(NamedTuple):
     prefills: StepGraphs
 
 
+class Narrow(NamedTuple):
+    """What narrow layers beside others have of their own. kinds: which they are. attention, small: as of `GpuRunner`, over
+    `pool`."""
+
+    kinds: LayerKinds
+    pool: KVPool
+    attention: PagedAttention
+    small: PagedAttention
+
+
 class GpuRunner:
     """The `Executor` of a GPU. Until `capture` was called decodes are launched one by one: slower, and the same otherwise.
 
     model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps of few
     prefill tokens, which are captured, as are larger ones where `attention` lets them. most: decodes in one step. largest:
-    prefill tokens of a step that may be captured. lora_slots: of adapters; a step in which no row has one is as without. check:
-    called when a step has ended, before anybody reads its tokens: raises if they may be wrong, which the device does not tell.
+    prefill tokens of a step that may be captured. lora_slots: of adapters; a step in which no row has one is as without. pool:
+    of all layers, or of those that see all where there are `narrow` ones beside them. check: called when a step has ended,
+    before anybody reads its tokens: raises if they may be wrong, which the device does not tell.
     """
 
     def __init__(
@@ -89,10 +102,14 @@ class GpuRunner:
         state: DeviceBatch,
         most: int,
         largest: int,
+        pool: KVPool,
         lora_slots: int = 0,
         check: Callable[[], None] = lambda: None,
+        narrow: Narrow | None = None,
     ) -> None:
-        self.pool: KVPool = model.pool
+        self.pool = pool
+        self.narrow = narrow.pool if narrow is not None else None
+        self._narrow = narrow
         device = self.pool.device
         self._model = model
         self._attention = attention
@@ -119,7 +136,8 @@ class GpuRunner:
     def capture(self, decodes: Sequence[int], tokens: Sequence[int], captured: Captured = lambda *_: None) -> None:
         """Captures steps of so many decodes, with and without sampling, and chunks of so many tokens; all of it once more with
         adapters, where there may be any."""
-        tokens = [size for size in tokens if size <= SMALL_STEP or self._attention.bounds]
+        attentions = [self._attention] if self._narrow is None else [self._attention, self._narrow.attention]
+        tokens = [size for size in tokens if size <= SMALL_STEP or all(attention.bounds for attention in attentions)]
         each, kinds = 2 * len(decodes) + len(tokens), 2 if self._lora_slots else 1
         self._whole, self._unsampled, self._prefills = self._capture(
             decodes, tokens, lambda done: captured(done, kinds * each), adapted=False
@@ -170,8 +188,10 @@ class GpuRunner:
         self._constraints.release(row)
         self._pooler.release(row)
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.pool.copy(source, target, tokens)
+    def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None:
+        pool = self.narrow if narrow else self.pool
+        assert pool is not None, "the model has no narrow layers"
+        pool.copy(source, target, tokens)
 
     def close(self) -> None:
         self._constraints.close()
@@ -218,13 +238,25 @@ class GpuRunner:
         """Device tensors alone, at addresses that stay: may be captured."""
         state = self._state
         state.gather(size)
-        contexts, tables = state.contexts[:size], state.step_tables[:size]
-        plan = self._attention.plan_decode(contexts, size, tables.shape[1], state.prefixes)
-        attend = DecodeAttend(self._attention, tables, contexts, plan, self._attention.turns(size))
+        full = self._attend_decodes(self._attention, size, state.step_tables, state.prefixes)
+        attend: Attend = full
+        slots: Slots = state.slots[:size]
+        if self._narrow is not None and state.narrow is not None:
+            beside = self._attend_decodes(self._narrow.attention, size, state.narrow.step_tables, None)
+            attend = KindsAttend([full, beside], self._narrow.kinds)
+            slots = state.slots[:size], state.narrow.slots[:size]
         adapters = DeviceRows(state.adapters.index_select(0, state.order[:size]), self._lora_slots) if adapted else None
         return self._model.logits(
-            state.tokens[:size], state.positions[:size], state.slots[:size], attend, adapters=adapters
+            state.tokens[:size], state.positions[:size], slots, attend, adapters=adapters
         )
+
+    def _attend_decodes(
+        self, attention: PagedAttention, size: int, step_tables: Tensor, shared: SharedPrefixes | None
+    ) -> DecodeAttend:  # fmt: skip
+        """Of one kind of layer."""
+        contexts, tables = self._state.contexts[:size], step_tables[:size]
+        plan = attention.plan_decode(contexts, size, tables.shape[1], shared)
+        return DecodeAttend(attention, tables, contexts, plan, attention.turns(size))
 
     def _decode_and_sample(self, size: int, adapted: bool = False) -> Tensor:
         logits = self._decode(size, adapted)
@@ -255,20 +287,20 @@ class GpuRunner:
         if step.pooled:
             logits, pooled = self._pool(chunks, step.pooled_tokens, adapted)
         else:
-            logits, pooled = self._prefill(chunks, self._attention, adapted), None
+            logits, pooled = self._prefill(chunks, adapted), None
         return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False, pooled)
 
     def _prefill_padded(self, tokens: int, adapted: bool = False) -> Tensor:
         """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
         chunks = self._chunk_inputs.padded(tokens)
-        logits = self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention, adapted)
+        logits = self._prefill(chunks, adapted, small=tokens <= SMALL_STEP)
         self._sample(logits, chunks.sampled_rows, chunks.sampled_positions, self._begun)
         return logits
 
-    def _prefill(self, chunks: ChunkStep, attention: PagedAttention, adapted: bool) -> Tensor:
+    def _prefill(self, chunks: ChunkStep, adapted: bool, *, small: bool = False) -> Tensor:
         """Logits where they are wanted."""
-        attend, adapters = self._attend(chunks, attention), self._adapters(chunks, adapted)
-        return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted, adapters)
+        (attend, slots), adapters = self._attend(chunks, small), self._adapters(chunks, adapted)
+        return self._model.logits(chunks.tokens, chunks.positions, slots, attend, chunks.wanted, adapters)
 
     def _adapters(self, chunks: ChunkStep, adapted: bool) -> DeviceRows | None:
         return DeviceRows(chunks.adapters, self._lora_slots) if adapted else None
@@ -276,14 +308,20 @@ class GpuRunner:
     def _pool(self, chunks: ChunkStep, count: int, adapted: bool) -> tuple[Tensor, Tensor]:
         """Logits where they are wanted, and the hidden states of the last `count` of `chunks.wanted`."""
         assert self._pools is not None, "a checkpoint of which nothing is pooled is refused at the door"
-        attend = self._attend(chunks, self._attention)
-        adapters = self._adapters(chunks, adapted)
-        hidden = self._pools.hidden(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted, adapters)
+        (attend, slots), adapters = self._attend(chunks), self._adapters(chunks, adapted)
+        hidden = self._pools.hidden(chunks.tokens, chunks.positions, slots, attend, chunks.wanted, adapters)
         others, pooled = hidden.split_with_sizes((len(hidden) - count, count))
         return self._pools.head(others), pooled
 
-    def _attend(self, chunks: ChunkStep, attention: PagedAttention) -> ChunkAttend:
-        return ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
+    def _attend(self, chunks: ChunkStep, small: bool = False) -> tuple[Attend, Slots]:
+        """And where their KV goes."""
+        attention, narrow, beside = self._small if small else self._attention, self._narrow, self._state.narrow
+        attend = ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state.tables)))
+        if narrow is None or beside is None:
+            return attend, chunks.slots
+        attention = narrow.small if small else narrow.attention
+        other = ChunkAttend(attention, attention.plan_chunks(chunks.attention(beside.tables)))
+        return KindsAttend([attend, other], narrow.kinds), (chunks.slots, chunks.narrow_slots)
 
     # ---- back to the host
 

@@ -25,7 +25,7 @@ from workers.model.config.mixtures import (
 from workers.model.config.quantization import Scheme, read_scheme
 from workers.model.config.rope import Rope
 from workers.model.config.rope_settings import read_rope
-from workers.model.config.window import widest_window
+from workers.model.config.window import narrow_layers, widest_window
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +149,10 @@ class ModelConfig:
     def window(self, positions: int) -> int | None:
         """As of `widest_window`."""
         return widest_window(self.forms, positions)
+
+    def narrow(self, positions: int) -> tuple[tuple[bool, ...], int | None]:
+        """As of `narrow_layers`."""
+        return narrow_layers(self.forms, positions)
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""

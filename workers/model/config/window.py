@@ -19,3 +19,13 @@ def widest_window(forms: Iterable[Form], positions: int) -> int | None:
             return None
         widest = max(widest, near)
     return widest or None
+
+
+def narrow_layers(forms: Iterable[Form], positions: int) -> tuple[tuple[bool, ...], int | None]:
+    """Which layers do not see all that some other layer sees, in sequences of so many positions at most, and tokens that the
+    widest of them sees; none, and None, where all see as much."""
+    near = [min(form.window or positions, form.chunk or positions, positions) for form in forms]
+    widest = max((tokens for tokens in near if tokens < positions), default=None)
+    if widest is None or positions not in near:
+        return (False,) * len(near), None
+    return tuple(tokens < positions for tokens in near), widest

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvcache.pool import KVPool
+from kvcache.pool import KVPool, KVPools
 from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.products.many import rounds
@@ -53,13 +53,15 @@ class Attend(Protocol):
         ...
 
 
-class PagedDecoder(Protocol):
-    """What a GPU's runner computes logits with: a decoder over one pool."""
+Slots = Tensor | tuple[Tensor, Tensor]
+"""Where each token's KV goes, in the pool; where narrow layers have one of their own, in either."""
 
-    pool: KVPool
+
+class PagedDecoder(Protocol):
+    """What a GPU's runner computes logits with: a decoder over one pool, or one for each kind of layer."""
 
     def logits(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend, rows: Tensor | None = None,
         adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """As in `FusedDecoder`."""
@@ -71,14 +73,16 @@ Ready = Tensor | Prenormed
 
 
 class FusedDecoder:
-    """One rank's decoder over one pool. Every rank of a group makes the same calls: they meet in the collectives.
+    """One rank's decoder over one pool, or one for each kind of layer. Every rank of a group makes the same calls: they meet in
+    the collectives.
 
     decoder: filled. pool: where the step's keys and values are written. scratch_slot: tokens from this slot on are padding,
     which goes through no experts; None: there is none.
     """
 
-    def __init__(self, decoder: Decoder, pool: KVPool, scratch_slot: int | None = None) -> None:
+    def __init__(self, decoder: Decoder, pool: KVPool | KVPools, scratch_slot: int | None = None) -> None:
         self.pool = pool
+        self._narrow = pool.kinds.narrow if isinstance(pool, KVPools) else (False,) * len(decoder.layers)
         self.shape = decoder.shape
         self._layers = decoder.layers
         self._outer = decoder.outer
@@ -111,14 +115,14 @@ class FusedDecoder:
         return MOST_TOKENS if dense and all(self._choose(linear, MOST_TOKENS, dtype) for linear in linears) else MAX_TOKENS
 
     def logits(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend, rows: Tensor | None = None,
         adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
         the model's dtype; padding is -inf.
 
-        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
-        tokens; None: no token has one.
+        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset, of each pool; rows [wanted] int32.
+        adapters: of the tokens; None: no token has one.
         """
         if len(tokens) <= self._few_tokens and rows is None and adapters is None:
             return self._few(tokens, positions, slots, attend)
@@ -129,7 +133,7 @@ class FusedDecoder:
         return self._outer.head(hidden)
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend, rows: Tensor | None = None,
         adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
@@ -185,11 +189,13 @@ class FusedDecoder:
         weight = None if linear is None or adapters is not None else linear.reduced
         return weight if weight is not None and rounds(weight, len(x), x.dtype) else None
 
-    def _live(self, slots: Tensor) -> Tensor | None:
+    def _live(self, slots: Slots) -> Tensor | None:
         """Which tokens are no padding, where that matters."""
-        return slots < self._scratch_slot if self._mixtures and self._scratch_slot is not None else None
+        if not self._mixtures or self._scratch_slot is None:
+            return None
+        return _of_kind(slots, False) < self._scratch_slot
 
-    def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
+    def _few(self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend) -> Tensor:
         """As `logits`, of few tokens, none of which has an adapter."""
         hidden, normed = self._embed(tokens)
         ready: Ready | None = normed
@@ -260,7 +266,7 @@ class FusedDecoder:
         return hidden, normed
 
     def _attended(
-        self, attend: Attend, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor, pdl: bool = False
+        self, attend: Attend, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Slots, pdl: bool = False
     ) -> Tensor:
         """[tokens, heads * head_dim]."""
         if attend.turns:
@@ -271,13 +277,17 @@ class FusedDecoder:
         return HeadTurn(*layer.head_norms(), self._eps, self._table)
 
     def _query(
-        self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor, pdl: bool = False
+        self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Slots, pdl: bool = False
     ) -> Tensor:
         """The layer's query, ready to attend; its keys and values are written."""
         shape = self.shape
         query = torch.empty(len(projected), shape.heads, shape.head_dim, dtype=projected.dtype, device=projected.device)
         qk_norm_rope_write(
-            projected, self._turn(layer), positions, slots, self.pool.keys(number), self.pool.values(number), shape.heads,
-            shape.kv_heads, query, scales=self.pool.scales(number), pdl=pdl,
+            projected, self._turn(layer), positions, _of_kind(slots, self._narrow[number]), self.pool.keys(number),
+            self.pool.values(number), shape.heads, shape.kv_heads, query, scales=self.pool.scales(number), pdl=pdl,
         )  # fmt: skip
         return query
+
+
+def _of_kind(slots: Slots, narrow: bool) -> Tensor:
+    return slots[narrow] if isinstance(slots, tuple) else slots

@@ -7,52 +7,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.layout import BlockLayout
-from kvcache.pool import KVPool
+from kvcache.pool import KVPool, KVPools
 from workers.attention.forms import Form, HeadShape
 from workers.attention.write import TorchWriter
 from workers.model.decoders.transformers.decoder import TransformersDecoder
 from workers.model.gpu.adapters import DeviceRows
-from workers.model.gpu.fused import Attend
+from workers.model.gpu.fused import Attend, Slots
 
 
 class PagedTransformers:
-    """One rank's decoder over one pool, behind the interface of `workers.model.gpu.fused.FusedDecoder`. Everything is driven by
-    device tensors, so a step of decodes can be captured in a CUDA graph: then the class's Python costs nothing. The kernels can
-    attend for its layers (`Survey.kernels_lack`).
+    """One rank's decoder over one pool, or one for each kind of layer, behind the interface of
+    `workers.model.gpu.fused.FusedDecoder`. Everything is driven by device tensors, so a step of decodes can be captured in a
+    CUDA graph: then the class's Python costs nothing. The kernels can attend for its layers (`Survey.kernels_lack`).
     """
 
-    def __init__(self, decoder: TransformersDecoder, pool: KVPool) -> None:
-        self.pool = pool
+    def __init__(self, decoder: TransformersDecoder, pool: KVPool | KVPools) -> None:
         self.shape = decoder.shape
         self._decoder = decoder
-        self._writer = TorchWriter(pool)
+        self._writers = [TorchWriter(each) for each in ([pool] if isinstance(pool, KVPool) else [pool.full, pool.narrow])]
+        self._layout = (pool if isinstance(pool, KVPool) else pool.full).layout
+        layers = len(decoder.heads)
+        self._layers = [(False, layer) for layer in range(layers)]
+        if isinstance(pool, KVPools):
+            self._layers = list(zip(pool.kinds.narrow, pool.kinds.places, strict=True))
 
     def logits(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend, rows: Tensor | None = None,
         adapters: DeviceRows | None = None,
     ) -> Tensor:  # fmt: skip
         """As `FusedDecoder.logits`, without adapters."""
         assert adapters is None, "refused before anything is started"
-        targets = self._writer.targets(slots.long())
+        each = slots if isinstance(slots, tuple) else (slots,)
+        targets = [writer.targets(of_kind.long()) for writer, of_kind in zip(self._writers, each, strict=True)]
+        writes = [(self._writers[narrow], targets[narrow], place) for narrow, place in self._layers]
         wanted = torch.arange(len(tokens), device=tokens.device) if rows is None else rows.long()
-        attends = _Paged(attend, self._writer, targets, self.pool.layout, self._decoder.heads)
+        attends = _Paged(attend, writes, self._layout, self._decoder.heads)
         return self._decoder.logits(tokens.long(), positions.long(), wanted, attends)
 
 
 class _Paged:
-    """A step's attention by kernels that know each layer's form, and its heads, whose keys and values have one size."""
+    """A step's attention by kernels that know each layer's form, and its heads, whose keys and values have one size. writes: of
+    each layer what writes its KV, where to, and as which layer of its pool."""
 
     def __init__(
-        self, attend: Attend, writer: TorchWriter, targets: Tensor, layout: BlockLayout, heads: Sequence[HeadShape]
+        self, attend: Attend, writes: Sequence[tuple[TorchWriter, Tensor, int]], layout: BlockLayout, heads: Sequence[HeadShape]
     ) -> None:
-        self._attend, self._writer, self._targets, self._layout, self._heads = attend, writer, targets, layout, heads
+        self._attend, self._writes, self._layout, self._heads = attend, writes, layout, heads
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None  # noqa: ARG002
     ) -> Tensor:
         size, value_dim = self._heads[layer].even.key_dim, value.shape[-1]
         query, key, value = (F.pad(states, (0, size - states.shape[-1])) for states in (query, key, value))
-        self._writer.write(layer, self._row(key), self._row(value), self._targets)
+        writer, targets, place = self._writes[layer]
+        writer.write(place, self._row(key), self._row(value), targets)
         return self._attend(layer, query.contiguous(), sinks=sinks)[..., :value_dim]
 
     def _row(self, states: Tensor) -> Tensor:

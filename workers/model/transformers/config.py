@@ -15,7 +15,7 @@ from transformers.utils import is_torch_available
 from workers.model.config.architectures import DTYPES, RankShape, read_eos_ids, torch_dtype
 from workers.model.config.fields import CheckpointError, Fields, read_json
 from workers.model.config.quantization import Scheme, read_scheme
-from workers.model.config.window import widest_window
+from workers.model.config.window import narrow_layers, widest_window
 from workers.model.transformers.compared import COMPARED, WORKS
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class TransformersConfig:
     def window(self, positions: int) -> int | None:
         """As of `widest_window`. Where transformers was imported without torch nobody can tell, and nothing is given back."""
         return widest_window(self.survey(1).forms, positions) if is_torch_available() else None
+
+    def narrow(self, positions: int) -> tuple[tuple[bool, ...], int | None]:
+        """As of `narrow_layers`."""
+        return narrow_layers(self.survey(1).forms, positions) if is_torch_available() else ((), None)
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. head_dim, kv_heads: of the pool, wide enough for every layer. Where each rank has all heads,

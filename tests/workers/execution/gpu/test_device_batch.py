@@ -52,7 +52,7 @@ class Pair:
         """Launches the next step, with the device's inputs of its decodes checked against the host's batch."""
         step = self.host.launch(self.host.plan())
         self.device.update(self.host, step, padded)
-        self.host.edited.clear()
+        self.host.forget_edits()
         if padded:
             self.device.gather(padded)
             self.check(step, padded)
@@ -61,7 +61,7 @@ class Pair:
     def check(self, step: Launched, padded: int) -> None:
         rows, first = step.plan.rows[: step.plan.decodes], step.first[: step.plan.decodes]
         n, device = len(rows), self.device
-        tables = self.host.block_table[rows]
+        tables = self.host.full.ids[rows]
         blocks = tables[np.arange(n), first // BLOCK].astype(np.int64)
         assert device.positions[:n].tolist() == first.tolist()
         assert device.contexts[:n].tolist() == (first + 1).tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import BlockLayout, PoolSizes
 from tests.shared.checkpoints import make_checkpoint
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.batch import Launched, ResidentBatch
@@ -58,7 +58,7 @@ def test_the_largest_step_fills_the_budget(
     made, layout = parts(config, max_model_len)
     made.load(lambda *_: None)
     blocks = layout.blocks_for(config.max_num_batched_tokens)
-    runner = made._make(blocks + 2)
+    runner = made._make(PoolSizes(blocks + 2))
     launched = []
     execute = runner.execute
 
@@ -79,7 +79,7 @@ def test_a_small_pool_is_not_written_beyond(config: WorkerConfig) -> None:
     """Kernels are compiled by prompts of up to 100 tokens, though there may be a single block."""
     made, _ = parts(config)
     made.load(lambda *_: None)
-    runner = made._make(1)
+    runner = made._make(PoolSizes(1))
     runner.pool.data.fill_(float("nan"))
     made._run_prefill(runner, 20)
     assert not torch.isnan(runner.pool.data[0]).any()

@@ -40,7 +40,7 @@ class Ranks:
             layout = BlockLayout(BLOCK_SIZE, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
             pool = KVPool(layout, SEQUENCES * BLOCKS_EACH, CPU)
             pool.data.fill_(torch.nan)  # what nobody has written must not be read
-            decoder.attend_over(pool, "cpu")
+            decoder.attention = decoder.attention_over(pool, "cpu", range(len(decoder.forms)))
             return decoder
 
         self.decoders = self._together(load, self._comms)

@@ -5,6 +5,7 @@ everything but attention looks at tokens one by one, and attention is ours. Its 
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from workers.attention.cpu.varied import VariedAttention, VariedPlan
+from workers.attention.base import AttentionBackend
+from workers.attention.cpu.varied import VariedAttention
 from workers.attention.forms import Form, HeadShape
 from workers.attention.select import select_backend
 from workers.model.checkpoint.weights import Checkpoint
@@ -54,15 +56,17 @@ class TransformersDecoder:
         self._model = model
         self._slot = AttentionSlot(model)
         self._shared_head = survey.shared_head
-        self._attention: VariedAttention | None = None
+        self.attention: AttentionBackend | None = None
+        """Set before the first `forward`."""
 
-    def attend_over(self, pool: KVPool, backend: str) -> None:
-        """Before the first `forward`. backend: as in `select_backend`, for the layers that it can compute."""
+    def attention_over(self, pool: KVPool, backend: str, layers: Iterable[int]) -> AttentionBackend:
+        """Of these layers, whose blocks the pool has. backend: as in `select_backend`, for those that it can compute."""
         own = HeadShape(self.shape.heads, self.shape.kv_heads, self.shape.head_dim, self.shape.head_dim)
+        heads, forms = zip(*((self.heads[layer], self.forms[layer]) for layer in layers), strict=True)
         usual = None
-        if own in self.heads:
-            usual = select_backend(backend, pool=pool, heads=own.heads, forms=self.forms, dtype=self.dtype)
-        self._attention = VariedAttention(pool, self.heads, self.forms, usual, own)
+        if own in heads:
+            usual = select_backend(backend, pool=pool, heads=own.heads, forms=forms, dtype=self.dtype)
+        return VariedAttention(pool, heads, forms, usual, own)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
@@ -70,8 +74,8 @@ class TransformersDecoder:
 
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
-        assert self._attention is not None, "a decoder without attention holds weights alone"
-        attends = _Varied(self._attention, step, self._attention.plan(step))
+        assert self.attention is not None, "a decoder without attention holds weights alone"
+        attends = _Varied(self.attention, step, self.attention.plan(step))
         if not self._pads:
             return self.logits(step.tokens, step.positions, step.sample_at, attends)
         width, samples = padded_rows(step.tokens.shape[0]), step.sample_at.shape[0]
@@ -94,7 +98,7 @@ class TransformersDecoder:
 class _Varied:
     """A step's attention on a CPU, layer by layer."""
 
-    def __init__(self, attention: VariedAttention, step: StepInput, plan: VariedPlan) -> None:
+    def __init__(self, attention: AttentionBackend, step: StepInput, plan: Any) -> None:
         self._attention, self._step, self._plan = attention, step, plan
 
     def __call__(
