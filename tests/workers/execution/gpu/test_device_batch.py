@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Pair:
-    """A resident batch, and the device's picture of it after each step. narrow: there are narrow layers with tables of theirs."""
+    """A resident batch, and the device's picture of it after each step. narrow: narrow layers have tables of their own."""
 
     def __init__(self, *, narrow: bool = False) -> None:
         self.host = ResidentBatch(ROWS, BLOCK, 64, MODEL_LEN, narrow=narrow)
