@@ -15,6 +15,7 @@ from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
+from workers.execution.gpu.runner import GpuRunner
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Executor, Pending, StepTokens
 from workers.parallel.in_process import Solo
@@ -47,12 +48,12 @@ class Timed:
 
     def __init__(self, executor: Executor) -> None:
         self.timeline = Timeline()
-        self._executor = executor
+        self.executor = executor
         self.admit, self.release, self.copy, self.close = executor.admit, executor.release, executor.copy, executor.close
 
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
         begun = time.perf_counter()
-        pending = self._executor.execute(batch, step)
+        pending = self.executor.execute(batch, step)
         self.timeline.launch_s += time.perf_counter() - begun
         self.timeline.steps += 1
         return _TimedPending(pending, self.timeline)
@@ -114,6 +115,16 @@ class BareLoop:
         while not rank.idle:
             rank.turn([])
         return took
+
+    def decoding(self, work: Work) -> GpuRunner:
+        """Runs it until all of its prompts decode: what executes the steps, in the midst of them."""
+        rank, rows = self._built.rank, len(work.prompts)
+        rank.turn(self._starts(work))
+        runner = self._timed.executor
+        assert isinstance(runner, GpuRunner), "on a GPU"
+        while bool(runner._state.order[:rows].eq(runner._state.padding).any()):
+            rank.turn([])
+        return runner
 
     def _starts(self, work: Work) -> list[Start]:
         """Row i runs prompt i. Errors: ValueError if the pool has too few blocks."""

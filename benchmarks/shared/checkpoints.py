@@ -100,6 +100,7 @@ SHAPES = {
     "0.1B": Shape(768, 12, 12, 4, 64, 2048, 32_768, tied=False),
     "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151_936, tied=True),
     "8B": Shape(4096, 36, 32, 8, 128, 12_288, 151_936, tied=False),
+    "8B-9": Shape(4096, 9, 32, 8, 128, 12_288, 151_936, tied=False),  # a quarter of its layers
     "30B-A3B": Shape(2048, 48, 32, 4, 128, 768, 151_936, tied=False, experts=128, per_token=8),
     "30B-A3B-12": Shape(2048, 12, 32, 4, 128, 768, 151_936, tied=False, experts=128, per_token=8),  # a quarter of its layers
     "20B-A4B": Shape(2880, 24, 64, 8, 64, 2880, 201_088, False, 131_072, experts=32, per_token=4, gpt_oss=True),

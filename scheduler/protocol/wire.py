@@ -53,7 +53,8 @@ async def read_frame(reader: asyncio.StreamReader, most: int = MAX_FRAME_BYTES) 
         if length > most:
             return None
         return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, OSError):  # not ConnectionError alone: a host that went away times out
+    except (asyncio.IncompleteReadError, OSError) as error:  # not ConnectionError alone: a host that went away times out
+        error.__traceback__ = None  # it leads to the reader, which keeps the error: both would wait for a full collection
         return None
 
 

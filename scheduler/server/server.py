@@ -125,8 +125,7 @@ class SchedulerServer:
         """One (group, epoch). When its stream ends, the group is down until a newer epoch comes or `group_lost` is said."""
         group, why = GroupId(hello.group), ""
         try:
-            told = await self._read_inventories(hello, reader)
-            self.call(lambda core: self._greet(core, hello, told, writer))
+            await self._take_in(hello, reader, writer)
         except (ProtocolError, msgspec.DecodeError) as error:
             self._refuse(hello, str(error))
             return
@@ -140,6 +139,11 @@ class SchedulerServer:
             if self._leaders.get(group) is writer:  # else a newer epoch has taken over, or it is lost
                 reason = f"group {group} ended: {why or 'its leader has gone'}"
                 self._fence(Fenced(group, hello.epoch, reason, cut=not why))
+
+    async def _take_in(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What it has told of its pool, the tokens of every block, is kept no longer than this takes. Errors: ProtocolError."""
+        told = await self._read_inventories(hello, reader)
+        self.call(lambda core: self._greet(core, hello, told, writer))
 
     async def _read_inventories(self, hello: Hello, reader: asyncio.StreamReader) -> list[Inventory]:
         """What its pool holds, in parts. Errors: ProtocolError if it goes before it has said all, or says too much."""

@@ -1,6 +1,7 @@
 """Groups come and go: their sequences start again elsewhere, wait, or fail with a reason."""
 
 import gc
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from scheduler.protocol.sampling import SamplingParams
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, State
 from tests.scheduler.cluster import LOST, Cluster, filled
+
+CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 
 
 def test_the_sequences_of_a_lost_group_start_again_in_another_with_the_same_tokens() -> None:
@@ -186,3 +189,42 @@ def test_nothing_is_kept_of_groups_and_sequences_that_have_gone(idle: bool) -> N
     lose(10)
     assert kept(ResidentGroup) <= groups
     assert kept(Sequence) <= sequences
+
+
+def test_requests_cancellations_losses_and_front_ends_leave_nothing_behind() -> None:
+    """Every object that the core leads to is counted, but for the hashes of evicted blocks, which have a bound of their own."""
+    cluster = Cluster((8, 8), hash_stride=2, fetch=True)
+
+    def live(turn: int) -> int:
+        """All that happens in a day, for a front end of its own."""
+        streams = [
+            cluster.submit([token, turn % 2, 1, 0, 1], front_end=turn, salt=str(turn), tenant=str(token), n=1 + token)[0]
+            for token in (0, 1, 0)
+        ]
+        cluster.step(times=2)
+        cluster.abort(streams[0])
+        cluster.end(streams[1], 1)
+        cluster.lose(turn % 2, returning=True)
+        cluster.bring_up(turn % 2)
+        cluster.run()
+        cluster.submit([0, 1], front_end=turn)
+        cluster.step()
+        cluster.front_end_down(turn)
+        cluster.run()
+        cluster.cut(1 - turn % 2)
+        cluster.core.table.index.evicted.clear()
+        return reachable(cluster.core)
+
+    counts = [live(turn) for turn in range(24)]
+    assert counts[-1] - counts[11] < 12, f"an object a turn is kept: {counts}"
+
+
+def reachable(start: object) -> int:
+    """Objects that something leads to, code left out."""
+    seen, new = dict[int, object](), [start]
+    while new:
+        each = new.pop()
+        if id(each) not in seen and not isinstance(each, CODE):
+            seen[id(each)] = each
+            new += gc.get_referents(each)
+    return len(seen)

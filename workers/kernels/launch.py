@@ -1,8 +1,9 @@
 """What all kernels share: programmatic dependent launch, and how many warps a row takes.
 
 With `pdl`, a kernel may start while the one before it on the stream still runs. It then does what depends on nothing (address
-arithmetic, fetching weights), waits, and only after that reads what others wrote or writes anything. All kernels of a chain
-wait, so that whatever ran two kernels ago has ended as well.
+arithmetic, weights into registers), waits, and only after that reads what others of its chain wrote or writes anything. All
+kernels of a chain wait, so that whatever ran two kernels ago has ended as well. When a kernel lets the next one start is a
+matter of speed alone: at once where it leaves room beside itself, else when its sums are done.
 
 Imports triton. Runs on CUDA, or on the CPU under Triton's interpreter, where `pdl` changes nothing.
 """
@@ -29,17 +30,6 @@ def enter_last(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def fetch_rows(base, rows, row_stride, COLUMNS: tl.constexpr):
-    """Asks for the first COLUMNS numbers of `rows` to be brought into the L2 cache, without waiting for them."""
-    line: tl.constexpr = 128 * 8 // base.dtype.element_ty.primitive_bitwidth
-    count: tl.constexpr = (COLUMNS + line - 1) // line
-    lines = tl.arange(0, triton.next_power_of_2(count)) % count
-    at = base + rows.to(tl.int64)[:, None] * row_stride + lines[None, :] * line
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
 
 
 def interpreted() -> bool:

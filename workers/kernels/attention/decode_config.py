@@ -44,7 +44,9 @@ def choose_config(pool: KVPool, rows: int, dtype: torch.dtype, head_dim: int) ->
         return _of_fp8(keys, rows)
     if rows <= FEW_ROWS and hopper:
         return DecodeConfig(keys=keys, stages=4, least=2, atomic=False, dependent=True)
-    return DecodeConfig(keys=keys, stages=4, shares=2) if rows <= SOME_ROWS and hopper else DecodeConfig(keys=keys)
+    return (
+        DecodeConfig(keys=keys, stages=4, shares=2, dependent=True) if rows <= SOME_ROWS and hopper else DecodeConfig(keys=keys)
+    )
 
 
 def _of_fp8(keys: int, rows: int) -> DecodeConfig:
@@ -53,4 +55,4 @@ def _of_fp8(keys: int, rows: int) -> DecodeConfig:
     rows of at most 2,017 45.5 and 42.2, 256 ragged ones 137.7 and 140.0."""
     if rows <= FEW_ROWS:
         return DecodeConfig(keys=2 * keys, least=1, atomic=False, dependent=True)
-    return DecodeConfig(keys=2 * keys, shares=2) if rows <= SOME_ROWS else DecodeConfig(keys=keys, stages=4)
+    return DecodeConfig(keys=2 * keys, shares=2, dependent=True) if rows <= SOME_ROWS else DecodeConfig(keys=keys, stages=4)

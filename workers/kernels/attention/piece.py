@@ -22,7 +22,7 @@ def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, 
     one = tl.arange(0, 1)
     position = context - 1
     key = projected + (HEADS + head) * DIM
-    turned = turned_heads(key + one, k_weight, turns + position.to(tl.int64) * (2 * DIM) + one, dims, one == 0, eps, DIM)
+    turned = turned_heads(key + one, k_weight, turns + position.to(tl.int64) * (2 * DIM) + one, dims, one == 0, eps, DIM, False)
     inside = (dims < DIM)[None, :]
     value = tl.load(key + KV_HEADS * DIM + one[:, None] + dims[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // KV_BLOCK).to(tl.int64)
@@ -47,10 +47,9 @@ def attend_piece(query, q_weight, k_weight, turns, contexts, pool, tables, items
 
     With `turns`, query [batch, (heads + 2 * KV_HEADS) * DIM] is the projection as it is: queries are turned here, and the
     program of the row's last piece writes its key and value before it reads them. key_scale, value_scale: of a pool in FP8,
-    None for another; `scale` has key_scale in it.
+    None for another; `scale` has key_scale in it. DEPENDENT: what is read before the wait was written before the first launch
+    of the step that may start early.
     """
-    if DEPENDENT:
-        gdc_wait()
     at = items + tl.program_id(0) * 8
     low = tl.load(at + 2)
     high = tl.load(at + 3)
@@ -63,8 +62,6 @@ def attend_piece(query, q_weight, k_weight, turns, contexts, pool, tables, items
     pieces = tl.load(at + 5)
     piece = tl.load(at + 6)
     entry = tl.load(at + 7)
-    if DEPENDENT:
-        gdc_launch_dependents()
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
@@ -81,16 +78,20 @@ def attend_piece(query, q_weight, k_weight, turns, contexts, pool, tables, items
     table = tables + row.to(tl.int64) * table_stride
     base = layer * (2 * KV_BLOCK)
     if turns is None:
+        if DEPENDENT:
+            gdc_wait()
         q = tl.load(query + owner.to(tl.int64)[:, None] * query_stride + columns, mask=real, other=0.0)
     else:
         position = tl.maximum(tl.load(contexts + owner), 1).to(tl.int64) - 1
         plain = query + owner.to(tl.int64) * query_stride + (head * GROUP + lane) * DIM
-        turned = turned_heads(plain, q_weight, turns + position * (2 * DIM), dims, rows < count * GROUP, eps, DIM)
+        turned = turned_heads(plain, q_weight, turns + position * (2 * DIM), dims, rows < count * GROUP, eps, DIM, DEPENDENT)
         q = turned.to(query.dtype.element_ty)
         if (count == 1) & (context > 0) & (high * KEYS >= context):
             _own_kv(query + row.to(tl.int64) * query_stride, k_weight, turns, pool, table, base, head, context, dims, eps,
                     key_scale, value_scale, KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
             tl.debug_barrier()  # what some threads have written others read
+    if DEPENDENT and not ATOMIC:
+        gdc_launch_dependents()
     top, weight = first_peak(None, lane, rows < count * GROUP)
     if sinks is not None:  # noqa: SIM102 (known to the compiler, the other to the program)
         if pieces == 1:  # else the merge begins with them
@@ -105,6 +106,8 @@ def attend_piece(query, q_weight, k_weight, turns, contexts, pool, tables, items
         top, weight, acc = attend_spans(q, pool, table, low, high, base, head, lowest, context, top, weight, scale, DIM, ROW,
                                         SOFTCAP, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS, STAGES, PRECISION)  # fmt: skip
 
+    if DEPENDENT and ATOMIC:
+        gdc_launch_dependents()
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
     if value_scale is not None:

@@ -25,7 +25,7 @@ from workers.kernels.experts.fewer import streamed
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
 from workers.kernels.experts.stacked import FOUR_BITS, Operand, Weight, operand
-from workers.kernels.launch import enter_last, fetch_rows, interpreted
+from workers.kernels.launch import enter_last, interpreted
 from workers.kernels.products.widen import ONE
 
 FEW_TOKENS, FEW_OF_FOUR_BITS = 4, 2
@@ -204,7 +204,6 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
     expert = tl.max(experts, 0)
     rows = expert.to(tl.int64)[None, :] * N + safe[:, None]
     base = weight + rows[:, :, None] * K
-    ROW: tl.constexpr = K if KIND == "plain" or KIND == "fp8" else (K + SPAN - 1) // SPAN * SPAN // 4  # elements
     if HELD > 0:
         tile0 = _tile(base, 0, K, COLUMNS)
     if HELD > 1:
@@ -212,8 +211,6 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scales, 
     if HELD > 2:
         tile2 = _tile(base, 2 * COLUMNS, K, COLUMNS)
     if PDL:
-        if HELD * COLUMNS < K:
-            fetch_rows(weight + HELD * COLUMNS, tl.reshape(rows, [ROWS * PLACES]), ROW, ROW - HELD * COLUMNS)
         tl.extra.cuda.gdc_wait()
 
     if tl.load(chosen + token * TOP) < 0:

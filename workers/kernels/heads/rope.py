@@ -6,6 +6,7 @@ Everything is in float32 from the projection's output to the one rounding at the
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from workers.kernels.heads.fp8 import stored
 from workers.kernels.heads.turn import HeadTurn
@@ -15,19 +16,25 @@ FEW_TOKENS = 16  # up to here the latency of one program decides, above it how m
 
 
 @triton.jit
-def turned_heads(heads, weight, turns, dims, real, eps, DIM: tl.constexpr):
+def turned_heads(heads, weight, turns, dims, real, eps, DIM: tl.constexpr, WAIT: tl.constexpr):
     """Heads [ROWS, BLOCK_DIM] in float32, normed unless `weight` is None, and turned. heads, turns [ROWS]: where they stand,
-    and where the table's rows of their positions do. real [ROWS]: false for rows that are zeros."""
+    and where the table's rows of their positions do. real [ROWS]: false for rows that are zeros. WAIT: the launch before this
+    one writes the heads, and is waited for."""
     inside = real[:, None] & (dims < DIM)[None, :]
     partner = (dims + DIM // 2) % DIM
+    cos = tl.load(turns[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(turns[:, None] + DIM + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        of_x = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
+        of_other = tl.load(weight + partner, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
+    if WAIT:
+        gdc_wait()
     x = tl.load(heads[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.load(heads[:, None] + partner[None, :], mask=inside, other=0.0).to(tl.float32)
     if weight is not None:
         scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        x *= scale * tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
-        other *= scale * tl.load(weight + partner, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
-    cos = tl.load(turns[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(turns[:, None] + DIM + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+        x *= scale * of_x
+        other *= scale * of_other
     return x * cos + other * sin
 
 

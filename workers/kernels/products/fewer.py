@@ -15,8 +15,7 @@ A norm's scale is one number per token, so it is applied to the sums. Imports tr
 import triton
 import triton.language as tl
 
-from workers.kernels.launch import fetch_rows
-from workers.kernels.products.stream import finish, finish_gated, within
+from workers.kernels.products.stream import finish, finish_gated, residual_of, within
 from workers.kernels.products.widen import between_one_and_two
 
 
@@ -75,8 +74,8 @@ def _added(sums, offset, scales, zeros, rows, columns, K: tl.constexpr, ROWS: tl
 @triton.jit(do_not_specialize=["tokens"])
 def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, out_stride, eps, one, N: tl.constexpr,
                K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
-               BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr,
-               GROUP: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+               BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+               BITS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, 1 or 2, COLUMNS of K at a time. N counts
     rows of the output. weight, scales, zeros, SPAN: as `Reduced` has them; GROUP: columns that share a scale, 0 for all. one:
     `widen.ONE`.
@@ -94,12 +93,10 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
     first = tl.program_id(0) % shares * TOKENS
     half = weight + N * ROW if GATED else weight
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight, safe, ROW, ROW)
-        if GATED:
-            fetch_rows(half, safe, ROW, ROW)
         tl.extra.cuda.gdc_wait()
 
+    before0 = residual_of(out, first, tokens, rows, out_stride, N, RESIDUAL)
+    before1 = residual_of(out, first + 1, tokens, rows, out_stride, N, RESIDUAL) if TOKENS > 1 else before0
     each = tl.arange(0, EACH)
     inside = each // STEP * (STEP * PIECES) + each % STEP
     eight = 8 * tl.arange(0, EACH // 8)
@@ -145,15 +142,18 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
                     if GATED:
                         g1 += _added(b1, x1, scales, zeros, N + safe, begun, K, ROWS, EACH, BITS, GROUP)
 
-    _end(s0, g0, p0, first, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED, GROUP)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _end(s0, g0, before0, p0, first, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, GATED,
+         GROUP)  # fmt: skip
     if TOKENS > 1:
-        _end(s1, g1, p1, first + 1, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED,
+        _end(s1, g1, before1, p1, first + 1, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, GATED,
              GROUP)  # fmt: skip
 
 
 @triton.jit
-def _end(sums, gated, power, token, tokens, rows, safe, bias, scales, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
-         NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def _end(sums, gated, before, power, token, tokens, rows, safe, bias, scales, out, out_stride, eps, N: tl.constexpr,
+         K: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     total, up = tl.sum(sums, 1), tl.sum(gated, 1)
     squares = tl.sum(power, 0)
     if GROUP == 0:
@@ -163,4 +163,4 @@ def _end(sums, gated, power, token, tokens, rows, safe, bias, scales, out, out_s
     if GATED:
         finish_gated(total, up, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
     else:
-        finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
+        finish(total, before, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)

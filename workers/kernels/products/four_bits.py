@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.launch import fetch_rows, interpreted
-from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sums_of_parts
+from workers.kernels.launch import interpreted
+from workers.kernels.products.prenormed import powers_of, scale_of
+from workers.kernels.products.tiles import finish_tile, is_last_of_parts, kept, sums_of_parts
 
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -142,27 +143,15 @@ def added(sums, elements, zeros, scales, a0, a1, a2, a3, DTYPE: tl.constexpr, PR
     return sums + tl.dot(n3, a3, input_precision=PRECISION) * scales[3].to(tl.float32)[:, None]
 
 
-@triton.jit
-def _fetch(weight, scales, zeros, rows, begin, K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-           FOURS: tl.constexpr):  # fmt: skip
-    """Asks for what the program is going to read of W: from that element of `rows` on."""
-    EACH: tl.constexpr = 4 if FOURS > 0 else 1  # zero points of an element
-    ROW: tl.constexpr = K // GROUP // EACH
-    MORE: tl.constexpr = 2 if FOURS == 32 else 1  # elements of scales for one of zero points
-    fetch_rows(weight + begin, rows, K // 4, K // 4 // PARTS)
-    at = 4 * begin // (GROUP * EACH)
-    fetch_rows(scales + MORE * at, rows, MORE * ROW, MORE * ((ROW + PARTS - 1) // PARTS))
-    fetch_rows(zeros + at, rows, ROW, (ROW + PARTS - 1) // PARTS)
-
-
 @triton.jit(do_not_specialize=["tokens"])
-def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, out_stride, N: tl.constexpr,
-                   K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
-                   GROUP: tl.constexpr, FOURS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
-                   RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def four_bit_tiles(x, weight, bias, out, scales, zeros, squares, next_weight, next_values, next_squares, partial, counters,
+                   tokens, x_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, FOURS: tl.constexpr,
+                   PARTS: tl.constexpr, STAGES: tl.constexpr, SQUARES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+                   GATED: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K, COLUMNS at
     a time: elements that follow one another. weight, SPAN: as `Reduced` has them; scales, zeros, FOURS: as `in_fours` gives
-    them. COLUMNS divides SPAN and K / PARTS. partial, counters: as in `tiles`.
+    them. COLUMNS divides SPAN and K / PARTS. squares, next_weight and the like, partial, counters: as in `tiles`.
     """
     ROW: tl.constexpr = K // 4  # elements
     PART: tl.constexpr = ROW // PARTS
@@ -176,10 +165,6 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
     token = tl.arange(0, TOKENS)
     begin = tl.program_id(0) % PARTS * PART
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        _fetch(weight, scales, zeros, safe, begin, K, GROUP, PARTS, FOURS)
-        if GATED:
-            _fetch(weight, scales, zeros, N + safe, begin, K, GROUP, PARTS, FOURS)
         tl.extra.cuda.gdc_wait()
 
     element = tl.arange(0, WIDTH)
@@ -188,6 +173,8 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
     there = (token < tokens)[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gated = sums
+    if SQUARES > 0:
+        powers = powers_of(squares, token, tokens, there, SQUARES)
     for start in tl.range(0, PART, WIDTH, num_stages=STAGES):
         column = tl.multiple_of((begin + start) // QUARTER * SPAN + (begin + start) % QUARTER, WIDTH)
         # these come first, so that they are under way while what was asked for long ago is waited for
@@ -206,7 +193,10 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
         sums = added(sums, tile, its_zeros, its_scales, a0, a1, a2, a3, DTYPE, "tf32")
         if GATED:
             gated = added(gated, other, other_zeros, other_scales, a0, a1, a2, a3, DTYPE, "tf32")
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     total, up = sums, gated
+    before, weights = kept(total, out, out_stride, next_weight, rows, safe, token, tokens, N, RESIDUAL, NEXT)
 
     if PARTS > 1:
         SIZE: tl.constexpr = (2 * ROWS if GATED else ROWS) * TOKENS
@@ -215,4 +205,10 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
             return
         total, up = sums_of_parts(partial, at, up, counters + block, block * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
 
-    finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N, BIAS, RESIDUAL, GATED)
+    if SQUARES > 0:
+        scale = scale_of(powers, eps, K)
+        total *= scale
+        if GATED:
+            up *= scale
+    finish_tile(total, up, before, weights, rows, safe, token, tokens, bias, out, out_stride, next_values, next_squares, block,
+                N, BIAS, RESIDUAL, GATED, NEXT)  # fmt: skip

@@ -7,7 +7,7 @@ are added in float32. Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sums_of_parts
+from workers.kernels.products.tiles import finish_tile, is_last_of_parts, kept, sums_of_parts
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _scale(x_scales, scales, near, padded, rows, group, GROUPS: tl.constexpr, SQ
 def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens, padded, out_stride, N: tl.constexpr,
               K: tl.constexpr, GROUP: tl.constexpr, SQUARE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-              GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+              GATED: tl.constexpr, PDL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     x, x_scales: as `Rounded` has them. partial: of each program its sums [ROWS, TOKENS], and those of the other half. counters:
@@ -43,6 +43,8 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
     token = tl.arange(0, TOKENS)
     near = tl.minimum(token, tokens - 1)
     begin = tl.program_id(0) % PARTS * (K // PARTS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * K + column[None, :]
@@ -74,7 +76,10 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
             sums += tl.dot(tile, a)
             if GATED:
                 gated += tl.dot(other, a)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     total, up = sums, gated
+    before, weights = kept(total, out, out_stride, out, rows, safe, token, tokens, N, RESIDUAL, False)
 
     if PARTS > 1:
         at = row[:, None] * TOKENS + token[None, :]
@@ -87,4 +92,5 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
         total *= of_x * tl.load(scales + safe).to(tl.float32)[:, None]
         if GATED:
             up *= of_x * tl.load(scales + N + safe).to(tl.float32)[:, None]
-    finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N, BIAS, RESIDUAL, GATED)
+    finish_tile(total, up, before, weights, rows, safe, token, tokens, bias, out, out_stride, out, out, block, N, BIAS,
+                RESIDUAL, GATED, False)  # fmt: skip

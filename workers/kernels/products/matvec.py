@@ -3,7 +3,7 @@
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
 it, a decode layer is six launches. `stream` is for a few tokens, `fewer_bits` for a few where W has fewer, `tiles` for more;
 `fp8_tiles` for more of bfloat16 where W is in FP8: they are rounded to FP8 too, in a launch before; `four_bit_tiles` for any
-with W in four bits, for which a norm is a launch before it.
+with W in four bits. For the tiles a norm is a launch before, unless the product before has left it (`prenormed`).
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape (`tilings`).
@@ -22,12 +22,14 @@ from workers.kernels.launch import interpreted
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles, in_fours
 from workers.kernels.products.fp8_tiles import fp8_tiles
+from workers.kernels.products.prenormed import Prenormed
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
 from workers.kernels.products.tilings import (
     FEWER_BITS_TOKENS,
     LEAST_TILE_TOKENS,
-    MAX_TOKENS,
+    MOST_TOKENS,
+    SMALL_WEIGHT_BYTES,
     STREAM_TOKENS,
     Tiling,
     choose_ours,
@@ -39,7 +41,7 @@ from workers.kernels.rows.rounding import rounded
 
 
 def matvec(
-    x: Tensor,
+    x: Tensor | Prenormed,
     weight: Tensor | Reduced,
     *,
     norm_weight: Tensor | None = None,
@@ -48,26 +50,33 @@ def matvec(
     residual: Tensor | None = None,
     swiglu: bool = False,
     out: Tensor | None = None,
+    next_norm: Tensor | None = None,
+    prenormed: Prenormed | None = None,
     pdl: bool = False,
     counters: Tensor | None = None,
     config: Tiling | None = None,
 ) -> Tensor:
-    """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
+    """x [tokens, K], up to MOST_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
     Weights in fewer bits become numbers in registers: in float32, in `tiles` as x's dtype has them, in `four_bit_tiles` as they
-    are. By the latter, and in float16 by `tiles`, f(x) is rounded to x's dtype; where the configuration says so, it is rounded
-    to FP8, token by token in the groups of columns that W has.
+    are. By these two f(x) is rounded to x's dtype; where the configuration says so, it is rounded to FP8, token by token in the
+    groups of columns that W has.
 
-    norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
+    norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x, or where x is `Prenormed` the norm that it is of: for
+    configurations that have tiles, not rounded. bias [N] is added to the product. residual [tokens, N]:
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
-    [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. counters: [N / config.rows] int32 zeros, which stay
-    zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed choice.
+    [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. next_norm [N]: what the residual has become is left
+    in `prenormed`, made for `config.blocks(N)` parts, too. counters: one for each tile of rows and tokens, int32 zeros, which
+    stay zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed
+    choice.
 
-    Raises ValueError for more tokens, for too few counters, and for what `out` or `residual` and `swiglu` cannot be at once.
+    Raises ValueError for more tokens, for too few counters, and for what cannot be at once.
     """
+    ready = x if isinstance(x, Prenormed) else None
+    x = x.values if isinstance(x, Prenormed) else x
     tokens, k = x.shape
     n = weight.shape[0] // 2 if swiglu else weight.shape[0]
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens are more than the {MAX_TOKENS} that matvec serves: use torch's F.linear for them")
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"{tokens} tokens are more than the {MOST_TOKENS} that matvec serves: use torch's F.linear for them")
     if residual is not None and (swiglu or out is not None):
         raise ValueError("a residual is itself the output, and of a plain product: give neither `out` nor `swiglu` with it")
     target = residual if residual is not None else out
@@ -75,16 +84,19 @@ def matvec(
         target = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     if not tokens:
         return target
-    four_bits = isinstance(weight, Reduced) and weight.bits == 4
     if config is None:
         bits = 16 if isinstance(weight, Tensor) else weight.bits
         config = choose_ours(n, k, tokens, x.dtype, swiglu, bits, split=counters is not None)
-    pdl = pdl and not interpreted() and not four_bits  # which have not been run so
-    # in float16 x times the norm's weight might overflow, and few instructions fit beside four bits
-    apart = config.parts > 0 and not config.rounded and (x.dtype == torch.float16 or four_bits)
-    if norm_weight is not None and apart:
+    if not config.tiled and (ready is not None or prenormed is not None):
+        raise ValueError("a norm is left to, and by, products in 16-bit tiles alone")
+    if (next_norm is None) != (prenormed is None) or (prenormed is not None and residual is None):
+        raise ValueError("of a residual a norm is left: give `residual`, `next_norm` and `prenormed` together")
+    pdl = pdl and not interpreted()
+    if norm_weight is not None and config.tiled:
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
-    launched = _Product(x, norm_weight, eps, bias, target, residual is not None, swiglu, counters, config, pdl)
+    launched = _Product(
+        x, ready, norm_weight, eps, bias, target, residual is not None, swiglu, next_norm, prenormed, counters, config, pdl
+    )  # fmt: skip
     match weight:
         case Reduced() if config.rounded:
             launched.fp8(weight)
@@ -101,15 +113,19 @@ def matvec(
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A product as each kernel is launched for it. out: where it goes, or with `residual` is added to."""
+    """A product as each kernel is launched for it. ready: what x is the values of. out: where it goes, or with `residual` is
+    added to."""
 
     x: Tensor
+    ready: Prenormed | None
     norm_weight: Tensor | None
     eps: float
     bias: Tensor | None
     out: Tensor
     residual: bool
     swiglu: bool
+    next_norm: Tensor | None
+    prenormed: Prenormed | None
     counters: Tensor | None
     config: Tiling
     pdl: bool
@@ -120,7 +136,7 @@ class _Product:
         stream[(self._blocks * triton.cdiv(tokens, share),)](
             self.x, self._or_any(self.norm_weight), weight, self._or_any(self.bias), out, tokens, self.x.stride(0),
             weight.stride(0), out.stride(0), self.eps, TOKENS=share, STAGES=self.config.stages, NORM=self._normed,
-            **self._cut, **self._early,
+            SMALL=weight.nbytes <= SMALL_WEIGHT_BYTES, **self._cut, **self._early,
         )  # fmt: skip
 
     def fewer_bits(self, weight: Reduced) -> None:
@@ -137,37 +153,45 @@ class _Product:
         if isinstance(weight, Reduced):
             values, scales, bits, group = weight.values, weight.scales, weight.bits, _group(weight)
         assert isinstance(values, Tensor)
-        tiles[(self._blocks * self.config.parts,)](
-            self.x, self._or_any(self.norm_weight), values, self._or_any(self.bias), self.out, scales, *self._sums(),
-            len(self.x), self.x.stride(0), values.stride(0), self.out.stride(0), self.eps, BITS=bits, GROUP=group,
-            NORM=self._normed, **self._cut, **self._split, **self._early,
+        tiles[(self._tiles * self.config.parts,)](
+            self.x, values, self._or_any(self.bias), self.out, scales, *self._norms, *self._sums(), len(self.x),
+            self.x.stride(0), values.stride(0), self.out.stride(0), self._eps, BITS=bits, GROUP=group, **self._cut,
+            **self._split, **self._left, **self._early,
         )  # fmt: skip
 
     def four_bits(self, weight: Reduced) -> None:
         assert weight.zeros is not None, "four bits have zero points"
         scales, zeros, fours = in_fours(weight.scales, weight.zeros, weight.group, weight.span)
         cut = self._cut | {"COLUMNS": min(self.config.columns, weight.span), "FOURS": fours}
-        four_bit_tiles[(self._blocks * self.config.parts,)](
-            self.x, weight.values, self._or_any(self.bias), self.out, scales, zeros, *self._sums(), len(self.x),
-            self.x.stride(0), self.out.stride(0), SPAN=weight.span, GROUP=weight.group, **cut, **self._split, **self._early,
+        four_bit_tiles[(self._tiles * self.config.parts,)](
+            self.x, weight.values, self._or_any(self.bias), self.out, scales, zeros, *self._norms, *self._sums(), len(self.x),
+            self.x.stride(0), self.out.stride(0), self._eps, SPAN=weight.span, GROUP=weight.group, **cut, **self._split,
+            **self._left, **self._early,
         )  # fmt: skip
 
     def fp8(self, weight: Reduced) -> None:
-        """It never begins before x is rounded: a layer of the 8B shape takes 87 us then instead of 71."""
         n, rows, group = self.out.shape[1], self.config.rows, weight.group
-        near = rounded(self.x, group) if self.norm_weight is None else rounded_norm(self.x, self.norm_weight, self.eps, group)
+        if self.norm_weight is None:
+            near = rounded(self.x, group, pdl=self.pdl)
+        else:
+            near = rounded_norm(self.x, self.norm_weight, self.eps, group, pdl=self.pdl)
         cut = self._cut if weight.by_row else self._cut | {"COLUMNS": min(self.config.columns, group)}
         square = weight.blocks is not None and BLOCK % rows == 0 and n % rows == 0  # both halves' tiles lie in blocks
-        fp8_tiles[(self._blocks * self.config.parts,)](
+        fp8_tiles[(self._tiles * self.config.parts,)](
             near.values, near.scales, weight.values, weight.scales, self.out if self.bias is None else self.bias, self.out,
             *self._sums(), len(near), len(near.values), self.out.stride(0), GROUP=_group(weight), SQUARE=square,
-            WIDE=interpreted(), **cut, **self._split,
+            WIDE=interpreted(), **cut, **self._split, **self._early,
         )  # fmt: skip
 
     @property
     def _blocks(self) -> int:
         """Tiles of rows."""
-        return int(triton.cdiv(self.out.shape[1], self.config.rows))
+        return self.config.blocks(self.out.shape[1])
+
+    @property
+    def _tiles(self) -> int:
+        """Of rows and tokens."""
+        return self._blocks * int(triton.cdiv(len(self.x), self._padded))
 
     @property
     def _cut(self) -> dict[str, Any]:
@@ -184,6 +208,23 @@ class _Product:
         return {"TOKENS": self._padded, "PARTS": self.config.parts, "STAGES": self.config.stages}
 
     @property
+    def _left(self) -> dict[str, int]:
+        """What those are that take up a norm, or leave one."""
+        return {"SQUARES": self.ready.parts if self.ready is not None else 0, "NEXT": self.prenormed is not None}
+
+    @property
+    def _norms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The sums of squares of x, the next norm's weights, and where that one is left."""
+        squares, left = self.x if self.ready is None else self.ready.squares, self.prenormed
+        if left is None or self.next_norm is None:
+            return squares, self.x, self.x, self.x
+        return squares, self.next_norm, left.values, left.squares
+
+    @property
+    def _eps(self) -> float:
+        return self.ready.eps if self.ready is not None else self.eps
+
+    @property
     def _early(self) -> dict[str, bool]:
         return {"PDL": self.pdl, "launch_pdl": self.pdl}
 
@@ -193,7 +234,8 @@ class _Product:
 
     @property
     def _padded(self) -> int:
-        return max(LEAST_TILE_TOKENS, int(triton.next_power_of_2(len(self.x))))
+        """Tokens of a program."""
+        return min(self.config.tokens, max(LEAST_TILE_TOKENS, int(triton.next_power_of_2(len(self.x)))))
 
     def _or_any(self, tensor: Tensor | None) -> Tensor:
         """A pointer, where the kernel has a place for one and reads nothing there."""
@@ -204,9 +246,9 @@ class _Product:
         config, counters = self.config, self.counters
         if config.parts == 1:
             return self.out, self.out if counters is None else counters
-        if counters is None or len(counters) < self._blocks:
-            raise ValueError(f"K is split among programs, which count themselves: give {self._blocks} counters")
-        sums = self._blocks * config.parts * (2 * config.rows + 1) * self._padded
+        if counters is None or len(counters) < self._tiles:
+            raise ValueError(f"K is split among programs, which count themselves: give {self._tiles} counters")
+        sums = self._tiles * config.parts * 2 * config.rows * self._padded
         return torch.empty(sums, dtype=torch.float32, device=counters.device), counters
 
 

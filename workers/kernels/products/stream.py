@@ -7,8 +7,6 @@ Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.launch import fetch_rows
-
 
 @triton.jit
 def _eights(products, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -22,18 +20,25 @@ def _squares(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def finish(sums, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
-            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """One token's sums [ROWS] -> its place in `out`. `power`: the sum of its squares."""
+def residual_of(out, token, tokens, rows, out_stride, N: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What `finish` adds one token's sums to, [ROWS], on its way before they are complete; zeros where it adds nothing."""
+    before = tl.zeros(rows.shape, tl.float32)
+    if RESIDUAL:
+        at = out + token.to(tl.int64) * out_stride + rows
+        before = tl.load(at, mask=rows < tl.where(token < tokens, N, 0), other=0.0).to(tl.float32)
+    return before
+
+
+@triton.jit
+def finish(sums, before, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+           NORM: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """One token's sums [ROWS] -> its place in `out`. `power`: the sum of its squares. before: of `residual_of`."""
     if NORM:
         sums *= tl.rsqrt(power / K + eps)
     if BIAS:
         sums += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-    mask = rows < tl.where(token < tokens, N, 0)
     at = out + token.to(tl.int64) * out_stride + rows
-    if RESIDUAL:
-        sums += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, sums.to(out.dtype.element_ty), mask=mask)
+    tl.store(at, (sums + before).to(out.dtype.element_ty), mask=rows < tl.where(token < tokens, N, 0))
 
 
 @triton.jit
@@ -99,8 +104,9 @@ def _step(tile, other, x, norm_weight, token, tokens, columns, x_stride, sums, g
 def stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
            K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output.
+           SMALL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output. SMALL:
+    W is, so that what comes behind may as well start at once; else as soon as the sums are complete.
 
     Programs of the same rows are neighbours, so that what one reads of W the next finds in the L2 cache.
     """
@@ -110,18 +116,21 @@ def stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, o
     first = tl.program_id(0) % shares * TOKENS
     columns = tl.arange(0, COLUMNS)
     half = weight + N * weight_stride if GATED else weight
-    if PDL:
+    if PDL and SMALL:
         tl.extra.cuda.gdc_launch_dependents()
     if STAGES == 0:
         tile = _tile(weight, safe, columns, weight_stride, N, K, ROWS, COLUMNS)
         other = _tile(half, safe, columns, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
     if PDL:
-        if K > COLUMNS or STAGES > 0:
-            fetch_rows(weight, safe, weight_stride, K)
-            if GATED:
-                fetch_rows(half, safe, weight_stride, K)
         tl.extra.cuda.gdc_wait()
 
+    before0 = residual_of(out, first, tokens, rows, out_stride, N, RESIDUAL)
+    before1, before2, before3 = before0, before0, before0
+    if TOKENS > 1:
+        before1 = residual_of(out, first + 1, tokens, rows, out_stride, N, RESIDUAL)
+    if TOKENS > 2:
+        before2 = residual_of(out, first + 2, tokens, rows, out_stride, N, RESIDUAL)
+        before3 = residual_of(out, first + 3, tokens, rows, out_stride, N, RESIDUAL)
     zeros = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     none = tl.zeros([COLUMNS // 8], tl.float32)
     s0, s1, s2, s3 = zeros, zeros, zeros, zeros
@@ -160,20 +169,22 @@ def stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, o
                 s3, g3, p3 = _step(tile, other, x, norm_weight, first + 3, tokens, now, x_stride, s3, g3, p3, K, ROWS,
                                    COLUMNS, NORM, GATED)  # fmt: skip
 
-    _end(s0, g0, p0, first, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+    if PDL and not SMALL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _end(s0, g0, before0, p0, first, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, GATED)
     if TOKENS > 1:
-        _end(s1, g1, p1, first + 1, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+        _end(s1, g1, before1, p1, first + 1, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, GATED)
     if TOKENS > 2:
-        _end(s2, g2, p2, first + 2, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
-        _end(s3, g3, p3, first + 3, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+        _end(s2, g2, before2, p2, first + 2, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, GATED)
+        _end(s3, g3, before3, p3, first + 3, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, GATED)
 
 
 @triton.jit
-def _end(sums, gated, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
-         NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+def _end(sums, gated, before, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+         NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     total = tl.sum(sums, 1)
     squares = tl.sum(power, 0)
     if GATED:
         finish_gated(total, tl.sum(gated, 1), squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
     else:
-        finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
+        finish(total, before, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)

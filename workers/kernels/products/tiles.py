@@ -1,16 +1,14 @@
-"""Products of up to 64 tokens, 16-bit, by the tensor cores.
+"""Products of some tokens, 16-bit, by the tensor cores.
 
-K may be split among programs, of which the last to end adds the sums in a fixed order. x times the norm's weight is rounded to
-the dtype, the norm's scale is applied to the sums. Imports triton.
+K may be split among programs, of which the last to end adds the sums in a fixed order. A norm's scale is applied to the sums
+(`prenormed`). Imports triton.
 """
 
 import triton
 import triton.language as tl
 
-from workers.kernels.launch import fetch_rows
+from workers.kernels.products.prenormed import powers_of, scale_of, store_prenormed
 from workers.kernels.products.widen import of_fp8
-
-FEW_TURNS = tl.constexpr(2)
 
 
 @triton.jit
@@ -47,9 +45,25 @@ def sums_of_parts(partial, at, up, counter, first, SIZE: tl.constexpr, HALF: tl.
 
 
 @triton.jit
-def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: tl.constexpr, BIAS: tl.constexpr,
-                 RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """A tile's sums [ROWS, TOKENS], and those of the other half, to their places in `out`."""
+def kept(total, out, out_stride, next_weight, rows, safe, token, tokens, N: tl.constexpr, RESIDUAL: tl.constexpr,
+         NEXT: tl.constexpr):  # fmt: skip
+    """What `finish_tile` adds to and multiplies by, on its way before the sums are complete: the residual [ROWS, TOKENS] and
+    the next norm's weights [ROWS]; anything, where there is none."""
+    before, weights = total, total
+    if RESIDUAL:
+        mask = (token < tokens)[None, :] & (rows < N)[:, None]
+        before = tl.load(out + token.to(tl.int64)[None, :] * out_stride + rows[:, None], mask=mask, other=0.0)
+    if NEXT:
+        weights = tl.load(next_weight + safe)
+    return before, weights
+
+
+@triton.jit
+def finish_tile(total, up, before, weights, rows, safe, token, tokens, bias, out, out_stride, next_values, next_squares, part,
+                N: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+                NEXT: tl.constexpr):  # fmt: skip
+    """A tile's sums [ROWS, TOKENS], and those of the other half, to their places in `out`. before, weights: as `kept` gives
+    them. NEXT: what has become of the residual is left to the next norm as well."""
     if BIAS:
         total += tl.load(bias + safe).to(tl.float32)[:, None]
     mask = (token < tokens)[None, :] & (rows < N)[:, None]
@@ -59,33 +73,37 @@ def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: 
             up += tl.load(bias + N + safe).to(tl.float32)[:, None]
         total = total / (1 + tl.exp(-total)) * up
     if RESIDUAL:
-        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+        total += before.to(tl.float32)
+    rounded = total.to(out.dtype.element_ty)
+    tl.store(place, rounded, mask=mask)
+    if NEXT:
+        store_prenormed(rounded, weights, next_values, next_squares, part, rows, token, tokens, N)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
-          N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-          GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def tiles(x, weight, bias, out, scales, squares, next_weight, next_values, next_squares, partial, counters, tokens, x_stride,
+          weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, SQUARES: tl.constexpr, BIAS: tl.constexpr,
+          RESIDUAL: tl.constexpr, GATED: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr,
+          GROUP: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
-    partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
-    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales: as in `of_fp8`.
+    partial: of each program its sums [ROWS, TOKENS], and those of the other half. counters: one for each tile of rows and
+    tokens, 0 before and after. COLUMNS divides K / PARTS. squares: the parts of a `Prenormed` x, SQUARES of them; 0: x is as it
+    is. next_values, next_squares: where NEXT, of a `Prenormed` out. BITS, GROUP, scales: as in `of_fp8`.
     """
-    SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
-    block = tl.program_id(0) // PARTS
+    SIZE: tl.constexpr = (2 * ROWS if GATED else ROWS) * TOKENS
+    tile_of = tl.program_id(0) // PARTS
+    of_tokens = tl.cdiv(tokens, TOKENS)
+    block = tile_of // of_tokens
     row = tl.arange(0, ROWS)
     rows = block * ROWS + row
     safe = (rows if N % ROWS == 0 else tl.minimum(rows, N - 1)).to(tl.int64)
     half = weight + N * weight_stride if GATED else weight
-    token = tl.arange(0, TOKENS)
+    lane = tl.arange(0, TOKENS)
+    token = tile_of % of_tokens * TOKENS + lane
     begin = tl.program_id(0) % PARTS * (K // PARTS)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight + begin, safe, weight_stride, K // PARTS)
-        if GATED:
-            fetch_rows(half + begin, safe, weight_stride, K // PARTS)
         tl.extra.cuda.gdc_wait()
 
     column = begin + tl.arange(0, COLUMNS)
@@ -94,21 +112,11 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, tokens, 
     there = (token < tokens)[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gated = sums
-    squares = tl.zeros([TOKENS], tl.float32)
-    # sums across threads cost more than the few products of a short turn: where turns are many, they come once, at the end
-    OFTEN: tl.constexpr = NORM and K // PARTS > FEW_TURNS * COLUMNS
-    if OFTEN:
-        powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
+    if SQUARES > 0:
+        powers = powers_of(squares, token, tokens, there, SQUARES)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
         a = tl.load(x + start + x_at, mask=there, other=0.0)
-        if NORM:
-            plain = a.to(tl.float32)
-            if OFTEN:
-                powers += plain * plain
-            else:
-                squares += tl.sum(plain * plain, 0)
-            a = (plain * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(a.dtype)
         if BITS == 8:
             tile = of_fp8(tile, scales, safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
         sums = tl.dot(tile, a, sums)
@@ -117,27 +125,26 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, tokens, 
             if BITS == 8:
                 other = of_fp8(other, scales, N + safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
             gated = tl.dot(other, a, gated)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     total, up = sums, gated
-    if OFTEN:
-        squares = tl.sum(powers, 0)
+    before, weights = kept(total, out, out_stride, next_weight, rows, safe, token, tokens, N, RESIDUAL, NEXT)
 
     if PARTS > 1:
-        at = row[:, None] * TOKENS + token[None, :]
-        if NORM:
-            tl.store(partial + tl.program_id(0) * SIZE + SIZE - TOKENS + token, squares)
-        if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
+        at = row[:, None] * TOKENS + lane[None, :]
+        counter = counters + tile_of
+        if not is_last_of_parts(partial, at, total, up, counter, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
-        total, up = sums_of_parts(partial, at, up, counters + block, block * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
-        if NORM:
-            squares = sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
+        total, up = sums_of_parts(partial, at, up, counter, tile_of * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
 
     if BITS < 16 and GROUP == 0:
         total *= tl.load(scales + safe).to(tl.float32)[:, None]
         if GATED:
             up *= tl.load(scales + N + safe).to(tl.float32)[:, None]
-    if NORM:
-        scale = tl.rsqrt(squares / K + eps)[None, :]
+    if SQUARES > 0:
+        scale = scale_of(powers, eps, K)
         total *= scale
         if GATED:
             up *= scale
-    finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N, BIAS, RESIDUAL, GATED)
+    finish_tile(total, up, before, weights, rows, safe, token, tokens, bias, out, out_stride, next_values, next_squares, block,
+                N, BIAS, RESIDUAL, GATED, NEXT)  # fmt: skip

@@ -11,9 +11,12 @@ import triton
 STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
 FEWER_BITS_TOKENS = 2  # likewise
 MAX_TOKENS = 64
-MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
-FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
-SMALL_NUMBERS = 8 << 20  # of W
+MOST_TOKENS = 256  # where W is small
+SMALL_WEIGHT_BYTES = 16 << 20
+MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs, where W is not small
+MOST_OUTPUTS = 4  # for one input, of products that are not the head's
+FEW = 2  # tokens that `stream` takes
+SMALL_NUMBERS, TINY_NUMBERS = 8 << 20, 1 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
 DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 256
 LEAST_OF_FP8 = 512  # columns of a program
@@ -31,6 +34,16 @@ class Tiling:
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
     rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
+    tokens: int = 64  # of a program at most, where there are tiles
+
+    @property
+    def tiled(self) -> bool:
+        """In tiles of numbers in x's dtype, or of W in four bits."""
+        return self.parts > 0 and not self.rounded
+
+    def blocks(self, n: int) -> int:
+        """Tiles of rows of an output of n numbers."""
+        return -(-n // self.rows)
 
 
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
@@ -41,13 +54,12 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     """
     if bits == 4 and dtype != torch.float32 and k % LEAST_OF_FOUR_BITS == 0:
         return _four_bits(n, k, tokens, swiglu) if tokens <= MAX_TOKENS else None
-    small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
-    if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
+    if tokens <= (STREAM_TOKENS if dtype == torch.float32 or n * k <= TINY_NUMBERS else FEW):
         return _streamed(n, k, tokens, dtype, swiglu, bits)
     if bits == 8 and dtype == torch.bfloat16 and tokens <= MAX_TOKENS:
         tile = Tiling(64, 128, 4, 3 if swiglu and tokens > MAX_TOKENS_OF_WIDE else 5, rounded=True)
         return _among(n, k, tile, FP8_PROGRAMS, LEAST_OF_FP8)
-    return _sixteen_bits(n, k, tokens, dtype, swiglu) if bits != 4 else None
+    return _sixteen_bits(n, k, tokens, dtype, swiglu, bits) if bits != 4 else None
 
 
 def choose_ours(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int, split: bool) -> Tiling:
@@ -56,17 +68,52 @@ def choose_ours(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, b
     return config if split or config.parts <= 1 else replace(config, parts=1)
 
 
-def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling | None:
+def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
-    if dtype == torch.float32 or tokens > MAX_TOKENS:
+    if dtype == torch.float32 or tokens > (MOST_TOKENS if small and bits == 16 else MAX_TOKENS):
         return None
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
-        return _among(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
+        tile = _small_deep(n, k, tokens) if small else Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6)
+        return _among(n, k, tile, DEEP_PROGRAMS, tokens=tokens)
+    if small:
+        return _small_gated(n, k, tokens) if swiglu else _small_wide(n, k, tokens)
     if tokens > MAX_TOKENS_OF_WIDE:
         return None
-    if small:
-        return _among(n, k, Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
-    return _among(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
+    if swiglu:
+        return _among(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS)
+    return _among(n, k, Tiling(128, 64, 4, 4), 2 * WIDE_PROGRAMS) if n <= MOST_OUTPUTS * k else None
+
+
+# The best of whole steps of the 0.6B shape with 32, 64, 128 and 256 rows, each tiling tried in turn.
+
+
+def _small_deep(n: int, k: int, tokens: int) -> Tiling:
+    if tokens <= MAX_TOKENS_OF_WIDE:
+        return Tiling(32, 128, 4, 4)
+    if tokens <= MAX_TOKENS:
+        return Tiling(64, 128, 4, 4, tokens=32)
+    return Tiling(64, 128, 4, 4) if k > 2 * n else Tiling(64, 64, 4, 6)
+
+
+def _small_gated(n: int, k: int, tokens: int) -> Tiling | None:
+    if tokens <= MAX_TOKENS_OF_WIDE:
+        tile = Tiling(32, 128, 4, 6)
+    elif tokens <= MAX_TOKENS:
+        tile = Tiling(64, 128, 4, 4, tokens=32)
+    else:
+        tile = Tiling(64, 64, 4, 4) if tokens <= 3 * MAX_TOKENS else Tiling(64, 64, 8, 4, tokens=128)
+    return _among(n, k, tile, WIDE_PROGRAMS, tokens=tokens)
+
+
+def _small_wide(n: int, k: int, tokens: int) -> Tiling | None:
+    if tokens <= MAX_TOKENS_OF_WIDE:
+        few = tokens <= MAX_TOKENS_OF_WIDE // 2
+        return _among(n, k, Tiling(64, 64, 4, 8) if few else Tiling(64, 128, 4, 4), WIDE_PROGRAMS if few else 2 * WIDE_PROGRAMS)
+    if tokens <= MAX_TOKENS:
+        tile = Tiling(64, 64, 4, 8)
+    else:
+        tile = Tiling(64, 128, 4, 4) if tokens <= 2 * MAX_TOKENS else Tiling(64, 64, 4, 6)
+    return _among(n, k, tile, 1)
 
 
 def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
@@ -74,7 +121,7 @@ def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
     if tokens <= LEAST_TILE_TOKENS and swiglu:  # two warps to a program, of which there are many
         tile, programs = Tiling(32, 256, 2, 3), 800
     elif tokens <= LEAST_TILE_TOKENS:
-        tile, programs = (Tiling(32, 512, 2, 4), 256) if n > k else (Tiling(32, 512, 2, 3), 640)
+        tile, programs = Tiling(32, 512, 2, 3), 800 if n > k else 640
     elif tokens <= MAX_TOKENS_OF_WIDE or swiglu:
         tile, programs = Tiling(64, 256, 4, 3), 256 if swiglu else 400
     else:
@@ -102,10 +149,10 @@ def _streamed_fewer_bits(n: int, k: int, tokens: int, small: bool, bits: int) ->
     return Tiling(2 if small else 8 if tokens == 1 else 4, of_warp * warps, warps)
 
 
-def _among(n: int, k: int, tile: Tiling, programs: int, least: int = 0) -> Tiling | None:
+def _among(n: int, k: int, tile: Tiling, programs: int, least: int = 0, tokens: int = 1) -> Tiling | None:
     """K among as many programs as make so many in all, and as divide it, each with `least` columns; None if one is too many."""
+    tiles = tile.blocks(n) * -(-tokens // tile.tokens)
     for parts in (8, 4, 2, 1):
-        tiles = triton.cdiv(n, tile.rows)
         many = tiles * parts > min(programs, MAX_TILES) or k < least * parts
         if (parts == 1 or not many) and k % (tile.columns * parts) == 0:
             return replace(tile, parts=parts)

@@ -52,10 +52,12 @@ def add_rms_norm(
     return out
 
 
-def rounded_norm(x: Tensor, weight: Tensor, eps: float, group: int, delta: Tensor | None = None) -> Rounded:
+def rounded_norm(
+    x: Tensor, weight: Tensor, eps: float, group: int, delta: Tensor | None = None, *, pdl: bool = False
+) -> Rounded:
     """The same in FP8, rounded but once, with a scale for `group` columns: all, or a power of two. delta is added to x."""
     out = Rounded.empty(len(x), x.shape[1], group, x.dtype, x.device)
-    _launch(x, delta, weight, eps, out, False)
+    _launch(x, delta, weight, eps, out, pdl)
     return out
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.launch import warps_for
+from workers.kernels.launch import enter, interpreted, warps_for
 from workers.kernels.reduced import LARGEST_FP8, Rounded
 
 PIECE = 2048  # columns of a program, where groups are no longer
@@ -39,10 +39,11 @@ def store_rounded(wide, values, scales, token, padded, begin, K: tl.constexpr, G
 
 @triton.jit(do_not_specialize=["padded"])
 def _round(x, values, scales, x_stride, padded, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-           GATED: tl.constexpr):  # fmt: skip
+           GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: BLOCK columns of one token. GATED: x has K more behind its own, and what is rounded is SwiGLU's product."""
     token, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     at = begin + tl.arange(0, BLOCK)
+    enter(PDL)
     wide = tl.load(x + token * x_stride + at, mask=at < K, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(x + token * x_stride + K + at, mask=at < K, other=0.0).to(tl.float32)
@@ -50,24 +51,25 @@ def _round(x, values, scales, x_stride, padded, K: tl.constexpr, GROUP: tl.const
     store_rounded(wide, values, scales, token, padded, begin, K, GROUP, BLOCK)
 
 
-def rounded(x: Tensor, group: int) -> Rounded:
+def rounded(x: Tensor, group: int, *, pdl: bool = False) -> Rounded:
     """x [tokens, columns], rows may lie apart. group: columns that share a scale: all, or a power of two."""
-    return _launch(x, x.shape[1], group, False)
+    return _launch(x, x.shape[1], group, False, pdl)
 
 
 def silu_mul_rounded(gate_up: Tensor, group: int) -> Rounded:
     """gate_up [tokens, 2 * columns], the gate first: silu(gate) * up, rounded to its dtype and then as `rounded`."""
-    return _launch(gate_up, gate_up.shape[1] // 2, group, True)
+    return _launch(gate_up, gate_up.shape[1] // 2, group, True, False)
 
 
-def _launch(x: Tensor, columns: int, group: int, gated: bool) -> Rounded:
+def _launch(x: Tensor, columns: int, group: int, gated: bool, pdl: bool) -> Rounded:
     out = Rounded.empty(len(x), columns, group, x.dtype, x.device)
     if len(x):
+        pdl = pdl and not interpreted()
         block = int(triton.next_power_of_2(columns))
         if group < columns:
             block = min(block, PIECE)
         _round[(len(x), triton.cdiv(columns, block))](
             x, out.values, out.scales, x.stride(0), len(out.values), K=columns, GROUP=group, BLOCK=block, GATED=gated,
-            num_warps=warps_for(block),
+            PDL=pdl, num_warps=warps_for(block), launch_pdl=pdl,
         )  # fmt: skip
     return out

@@ -23,7 +23,8 @@ from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.lora.weights import StepAdapters
 from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import matvec
-from workers.kernels.products.tilings import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose
+from workers.kernels.products.prenormed import Prenormed
+from workers.kernels.products.tilings import MAX_TILES, MAX_TOKENS, MOST_TOKENS, STREAM_TOKENS, Tiling, choose
 from workers.kernels.reduced import Reduced, Rounded
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.embed import embed_norm
@@ -45,9 +46,7 @@ class Attend(Protocol):
         """It takes the projection as it is: turns the queries and writes the step's keys and values itself."""
         ...
 
-    def __call__(
-        self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None) -> Tensor:
         """query [tokens, heads, head_dim] -> the same; the step's KV of that layer has been written. sinks: [heads], of a layer
         whose form has them. Where it turns, with
         `turn`: query is the projection [tokens, (heads + 2 * kv_heads) * head_dim], and its KV has not."""
@@ -69,10 +68,8 @@ class PagedDecoder(Protocol):
         ...
 
 
-SMALL_WEIGHT_BYTES, DEPENDENT_TOKENS = 16 << 20, 8
-"""Products of so little, of so few tokens, begin while the one before still runs (programmatic dependent launch): a step of the
-0.6B shape takes 720 us instead of 829 at batch 1, 3% less at 8, 2% more at 16. Larger ones fill the device by themselves, and
-are disturbed: 116 instead of 103 us for the four of a layer at 8B."""
+Ready = Tensor | Prenormed
+"""What the next product behind a norm takes as it is: normed, or all but its scale."""
 
 
 class FusedDecoder:
@@ -98,7 +95,7 @@ class FusedDecoder:
         self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
         # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
         ours = decoder.shape.size == 1 and decoder.device.type == "cuda"
-        self._few_tokens = (STREAM_TOKENS if decoder.dtype == torch.float32 else MAX_TOKENS) if ours else 0
+        self._few_tokens = self._most_of_ours(decoder.dtype) if ours else 0
         self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=decoder.device)
         self._scratch_slot = scratch_slot
         self._mixtures = {
@@ -106,6 +103,16 @@ class FusedDecoder:
             for number, layer in enumerate(self._layers)
             if isinstance(layer.mlp, Mixture)
         }
+
+    def _most_of_ours(self, dtype: torch.dtype) -> int:
+        """Tokens up to which some of a layer's products are our own; beyond, where all of them are, norms are left to them."""
+        if dtype == torch.float32:
+            return STREAM_TOKENS
+        mlps = [layer.mlp for layer in self._layers]
+        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o)]
+        linears += [mlp.down for mlp in mlps if isinstance(mlp, SwiGLU)]
+        dense = all(isinstance(mlp, SwiGLU) and self._choose(mlp.gate_up, MOST_TOKENS, dtype, True) for mlp in mlps)
+        return MOST_TOKENS if dense and all(self._choose(linear, MOST_TOKENS, dtype) for linear in linears) else MAX_TOKENS
 
     def logits(
         self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend, rows: Tensor | None = None,
@@ -190,48 +197,62 @@ class FusedDecoder:
 
     def _few(self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend) -> Tensor:
         """As `logits`, of few tokens, none of which has an adapter."""
-        hidden, _ = self._embed(tokens)
+        hidden, normed = self._embed(tokens)
+        ready: Ready | None = normed
         live = self._live(slots)
+        last, head = len(self._layers) - 1, self._outer.head
         for number, layer in enumerate(self._layers):
-            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv)
-            pdl = self._pdl and len(tokens) <= DEPENDENT_TOKENS
-            attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
-            self._add(hidden, attended, layer.o)
-            if isinstance(layer.mlp, Mixture):
-                self._mixtures[number].add_to(hidden, layer.mlp_norm.weight, self._eps, live, pdl=pdl)
+            projected = self._of_norm(hidden, ready, layer.input_norm.weight, layer.qkv)
+            attended = self._attended(attend, number, layer, projected, positions, slots, self._pdl)
+            mlp, norm = layer.mlp, layer.mlp_norm.weight
+            if isinstance(mlp, Mixture):
+                self._add(hidden, attended, layer.o)
+                self._mixtures[number].add_to(hidden, norm, self._eps, live, pdl=self._pdl)
+                ready = None
             else:
-                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
-                self._add(hidden, gated, layer.mlp.down)
-        head = self._outer.head
-        return head.mask(self._of_norm(hidden, self._outer.norm.weight, head.linear))
+                ready = self._add(hidden, attended, layer.o, norm, mlp.gate_up, swiglu=True)
+                gated = self._of_norm(hidden, ready, norm, mlp.gate_up, swiglu=True)
+                following = self._layers[number + 1].qkv if number < last else head.linear
+                ready = self._add(hidden, gated, mlp.down, self._next_norms[number], following)
+        return head.mask(self._of_norm(hidden, ready, self._outer.norm.weight, head.linear))
 
-    def _of_norm(self, hidden: Tensor, norm: Tensor, linear: Linear, swiglu: bool = False) -> Tensor:
-        """The product of the norm of hidden [tokens, hidden], through SwiGLU if asked for."""
-        config = self._choose(linear, hidden, swiglu)
-        if config is not None:
-            return self._product(hidden, linear, config, norm_weight=norm, eps=self._eps, swiglu=swiglu)
-        product = linear(rms_norm(hidden, norm, self._eps))
-        return silu_mul(product) if swiglu else product
+    def _of_norm(self, hidden: Tensor, ready: Ready | None, norm: Tensor, linear: Linear, swiglu: bool = False) -> Tensor:
+        """The product of the norm of hidden [tokens, hidden], through SwiGLU if asked for. ready: of that norm, if known."""
+        config = self._choose(linear, len(hidden), hidden.dtype, swiglu)
+        if config is None:
+            product = linear(ready if isinstance(ready, Tensor) else rms_norm(hidden, norm, self._eps, pdl=self._pdl))
+            return silu_mul(product) if swiglu else product
+        if ready is not None:
+            return self._product(ready, linear, config, swiglu=swiglu)
+        return self._product(hidden, linear, config, norm_weight=norm, eps=self._eps, swiglu=swiglu)
 
-    def _add(self, hidden: Tensor, x: Tensor, linear: Linear) -> None:
-        """Adds the product of x [tokens, its width] to hidden [tokens, hidden]."""
-        config = self._choose(linear, x)
-        if config is not None:
-            self._product(x, linear, config, residual=hidden)
-        else:
+    def _add(
+        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor | None = None, following: Linear | None = None,
+        swiglu: bool = False,
+    ) -> Prenormed | None:  # fmt: skip
+        """Adds the product of x [tokens, its width] to hidden [tokens, hidden]. norm, following: of the product behind it, and
+        whether through SwiGLU: the norm is left to that one where both can do so."""
+        config = self._choose(linear, len(x), x.dtype)
+        if config is None:
             hidden += linear(x)
+            return None
+        left = None
+        if following is not None and config.tiled and x.dtype != torch.float16:  # which might overflow before it is scaled
+            behind = self._choose(following, len(x), x.dtype, swiglu)
+            if behind is not None and behind.tiled:
+                left = Prenormed.empty(hidden, config.blocks(hidden.shape[1]), self._eps)
+        self._product(x, linear, config, residual=hidden, next_norm=norm if left is not None else None, prenormed=left)
+        return left
 
-    def _choose(self, linear: Linear, x: Tensor, swiglu: bool = False) -> Tiling | None:
+    def _choose(self, linear: Linear, tokens: int, dtype: torch.dtype, swiglu: bool = False) -> Tiling | None:
         rows = linear.out_features // 2 if swiglu else linear.out_features
         bits = 16 if linear.reduced is None else linear.reduced.bits
-        return choose(rows, x.shape[1], len(x), x.dtype, swiglu, bits)
+        return choose(rows, linear.in_features, tokens, dtype, swiglu, bits)
 
-    def _product(self, x: Tensor, linear: Linear, config: Tiling, **parts: Any) -> Tensor:
+    def _product(self, x: Tensor | Prenormed, linear: Linear, config: Tiling, **parts: Any) -> Tensor:
         """parts: what else of `matvec` is fused with it."""
-        weight = linear.operand
-        small = weight.nbytes <= SMALL_WEIGHT_BYTES and len(x) <= DEPENDENT_TOKENS
         return matvec(
-            x, weight, bias=linear.bias, pdl=self._pdl and small, counters=self._counters, config=config, **parts
+            x, linear.operand, bias=linear.bias, pdl=self._pdl, counters=self._counters, config=config, **parts
         )  # fmt: skip
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Linear:
     beside it; None: none are served.
     """
 
-    __slots__ = ("_apply", "_packed", "_rounded", "bias", "lora", "out_features", "reduced", "weight")
+    __slots__ = ("_apply", "_packed", "_rounded", "bias", "in_features", "lora", "out_features", "reduced", "weight")
 
     def __init__(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False,
@@ -70,7 +70,7 @@ class Linear:
                 out_features, in_features, form.bits, form.group or in_features, form.scale, device
             )
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self.out_features = out_features
+        self.out_features, self.in_features = out_features, in_features
         self.lora: LoraWeights | None = None
         self._packed: Tensor | None = None
         self._apply = torch.ops.mkldnn._linear_pointwise.default if can_pack(dtype, device) else None
