@@ -43,9 +43,14 @@ def test_it_is_what_a_rank_reads_and_holds(kind: str, dtype: str, tmp_path: Path
         built = build_rank(config, resolve(config, "cpu"), Solo(), phase)
         taken = footprint(model, 1, torch_dtype(dtype), 16, kv_dtype)
         assert taken.weight_bytes == read[-1]
-        assert taken.layout == built.pool.layout
+        pools = [built.pool] if built.narrow is None else [built.pool, built.narrow[0]]
+        assert taken.layout == replace(built.pool.layout, layers=sum(pool.layout.layers for pool in pools))
         block_bytes.append(taken.layout.block_bytes)
-        assert plan_lines(config, None)[0][-1].startswith(f"blocks           {(1 << 22) // block_bytes[-1]:,}")
+        lines, _ = plan_lines(config, None)
+        if built.narrow is None:
+            assert lines[-1].startswith(f"blocks           {(1 << 22) // block_bytes[-1]:,}")
+        else:
+            assert lines[-2].startswith("blocks ")
         built.rank.executor.close()
     assert block_bytes[0] == block_bytes[1] * torch_dtype(dtype).itemsize
 
@@ -136,6 +141,24 @@ def test_what_does_not_fit(memory: str, said: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(path), "--memory", memory, "--block-size", "16", "--dtype", "float32"])
     assert result.exit_code == 1, result.output
     assert said in result.output
+
+
+def test_where_some_layers_see_a_window_both_kinds_are_counted(tmp_path: Path) -> None:
+    """And there are as many blocks as a rank then has."""
+    path = make("gpt_oss", tmp_path / "gpt_oss", sliding_window=20)
+    config = EngineConfig(
+        model=str(path), dtype="float32", block_size=16, max_num_batched_tokens=32, max_num_seqs=4, max_model_len=512,
+        kv_memory=1 << 18, threads=1, report_steps=1,
+    )  # fmt: skip
+    lines, fits = plan_lines(config, None)
+    assert fits
+    built = build_rank(config, resolve(config, "cpu"), Solo())
+    built.rank.executor.close()
+    assert built.sizes.narrow < built.sizes.blocks
+    assert any("512 bytes a token" in line for line in lines)
+    assert any("256 bytes in layers that see a window" in line for line in lines)
+    assert lines[-2].startswith("blocks ")
+    assert lines[-1].startswith("  and ")
 
 
 def test_a_pool_that_is_asked_for_must_fit_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from msgspec import structs
 
 from scheduler.protocol.leaders import Drop, Grant, Remap, Trim
 from tests.workers.loop.test_batch import lease, start
@@ -16,20 +17,20 @@ pytest.importorskip("triton")
 
 Ints = npt.NDArray[np.int64]
 
-ROWS, BLOCK, MODEL_LEN, SCRATCH = 5, 16, 160, 99
+ROWS, BLOCK, MODEL_LEN, SCRATCH, NARROW_SCRATCH = 5, 16, 160, 99, 33
 LIMITS = PrefixLimits(rows=3, tokens=32)
 WORDS = 16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Pair:
-    """A resident batch, and the device's picture of it after each step."""
+    """A resident batch, and the device's picture of it after each step. narrow: narrow layers have tables of their own."""
 
-    def __init__(self) -> None:
-        self.host = ResidentBatch(ROWS, BLOCK, 64, MODEL_LEN)
+    def __init__(self, *, narrow: bool = False) -> None:
+        self.host = ResidentBatch(ROWS, BLOCK, 64, MODEL_LEN, narrow=narrow)
         self.device = DeviceBatch(
             max_num_seqs=ROWS, blocks=MODEL_LEN // BLOCK, block_size=BLOCK, most=8, scratch_block=SCRATCH, device=DEVICE,
-            prefixes=LIMITS,
+            prefixes=LIMITS, narrow_scratch=NARROW_SCRATCH if narrow else None,
         )  # fmt: skip
         self.sent: list[int] = []
         self._send = self.device._send
@@ -71,6 +72,13 @@ class Pair:
             assert device.step_tables[at, :held].tolist() == tables[at, :held].tolist()
         assert device.slots[n:padded].tolist() == [SCRATCH * BLOCK] * (padded - n), "padding writes to the scratch block alone"
         assert device.contexts[n:padded].tolist() == [1] * (padded - n)
+        if self.host.narrow is None or device.narrow is None:
+            return
+        slots = self.host.narrow.slots(rows, first, BLOCK)
+        assert device.narrow.slots[:padded].tolist() == slots.tolist() + [NARROW_SCRATCH * BLOCK] * (padded - n)
+        for at, (row, context) in enumerate(zip(rows, (first + 1).tolist(), strict=True)):
+            seen = slice(int(self.host.narrow.first[row]), -(-context // BLOCK))
+            assert device.narrow.step_tables[at, seen].tolist() == self.host.narrow.ids[row, seen].tolist()
 
 
 def test_decodes_follow_the_log_and_send_nothing_while_it_is_silent() -> None:
@@ -106,6 +114,26 @@ def test_grants_remaps_drops_and_new_rows_arrive_before_the_step_that_needs_them
     step = pair.step(8)
     assert step.plan.rows.tolist() == [0, 1, 2, 3]
     assert pair.device.tokens[1].item() == 7
+
+
+def test_narrow_layers_have_tables_and_slots_of_their_own() -> None:
+    pair = Pair(narrow=True)
+    for row in range(3):
+        begun = start(lease(1, row), tokens=30, cached=29, blocks=(2 * row, 2 * row + 1), max_tokens=60)
+        ids = np.array([20 - row], np.int32).tobytes()
+        pair.host.apply(structs.replace(begun, narrow=ids, narrow_first=1))
+        pair.device.admit(row, row, np.zeros(WORDS, np.int32))
+    for _ in range(3):
+        pair.step(4)
+    assert pair.host.plan().rows.tolist() == [], "their block is full"
+    pair.host.apply(Grant(lease(1, 0), (40,), (11, 12)))
+    assert pair.host.plan().rows.tolist() == [0]
+    pair.host.apply(Grant(lease(1, 1), (41, 42), ()))
+    assert pair.host.plan().rows.tolist() == [0], "the other kind is full"
+    pair.host.apply(Trim(lease(1, 0), 2, narrow=True))
+    pair.host.apply(Remap(lease(1, 0), 2, 13, narrow=True))
+    assert pair.step(4).plan.rows.tolist() == [0]
+    assert pair.host.granted[:2].tolist() == [48, 32]
 
 
 def test_a_row_that_decodes_after_its_prefill_starts_at_the_right_place() -> None:
