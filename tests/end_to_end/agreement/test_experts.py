@@ -42,7 +42,7 @@ def test_the_same_tokens(checkpoint: tuple[Path, Reference], setting: Setting) -
     outcome = compare(path, reference, setting, "native")
     assert outcome.wrong == ()
     assert outcome.hits > 0
-    assert outcome.preemptions > 0 or not setting.small
+    assert outcome.preemptions > 0 or not setting.small or path.parent.name.startswith("gpt_oss"), "whose pool is larger"
 
 
 def test_how_evenly_experts_were_wanted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
