@@ -3,6 +3,7 @@ no torch: whoever places workers needs none."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.config.core import CacheConfig, Resolved
 from scheduler.config.options import OptionRule, at_least, at_most, one_of, option
@@ -54,6 +55,14 @@ USUAL = ReadingConfig()
 """Of a checkpoint of which nothing else is said."""
 
 
+class LoraRoom(NamedTuple):
+    """What a rank keeps for LoRA adapters: so many places, each for this rank at most, and whether beside experts, too."""
+
+    places: int
+    rank: int
+    experts: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupsConfig:
     """What is served, and by how many."""
@@ -103,6 +112,9 @@ class GroupsConfig:
         at_least(1),
         at_most(MAX_LORA_RANK),
     )
+    lora_experts: bool = option(
+        False, "Keep room beside a mixture's experts for what LoRA adapters change in them; off: adapters that do are refused."
+    )
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -113,6 +125,11 @@ class GroupsConfig:
     def lora_slots(self) -> int:
         """LoRA adapters that a rank holds at once."""
         return min(len(self.lora), LORAS_UNASKED) if self.max_loras is None else self.max_loras
+
+    @property
+    def lora_room(self) -> LoraRoom:
+        """What a rank keeps for them."""
+        return LoraRoom(self.lora_slots, self.max_lora_rank, self.lora_experts)
 
     @property
     def ranks(self) -> int:

@@ -269,7 +269,7 @@ def main() -> None:
         if asked.adapters:
             named = ensure_adapters(checkpoint, asked.adapters, asked.rank)
             lora = tuple(f"{name}={folder}" for name, folder in named.items())
-            options |= {"lora": lora, "max_loras": asked.adapters, "max_lora_rank": asked.rank}
+            options |= {"lora": lora, "max_loras": asked.adapters, "max_lora_rank": asked.rank, "lora_experts": True}
         for name in asked.engines:
             print(f"{model}, {name}", file=sys.stderr, flush=True)
             engine = open_engine(name, checkpoint, options)

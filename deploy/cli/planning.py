@@ -63,7 +63,7 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     check_adapters(config, found)
     taken = footprint(
         found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu",
-        adapters=(config.lora_slots, config.max_lora_rank),
+        adapters=config.lora_room,
     )  # fmt: skip
     weights_are = "" if found.scheme is None else f", weights quantised: {found.scheme}, {taken.kept}"
     layout, resolved = taken.layout, resolve_lengths(found, longest, config)

@@ -59,7 +59,7 @@ class Adapters:
         model = read_model(Path(engine.model), engine)
         if not isinstance(folder, str | Path):
             raise ValueError(f"folder must be a path, not {type(folder).__name__}")
-        return read_adapter(name, folder, model, engine.max_lora_rank).adapter
+        return read_adapter(name, folder, model, engine.lora_room).adapter
 
     def check_name(self, name: str, loaded: Container[str] = (), models: Container[str] = ()) -> None:
         """loaded: names of adapters that stay. models: of other models than its own. Errors: ValueError for what is no name,

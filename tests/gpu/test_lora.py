@@ -16,6 +16,7 @@ from tests.gpu.works import GPU, SHAPE, VOCAB, checkpoint, constrained, loop
 from tests.shared.adapters import make_adapter, make_stacked, merge
 from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.stepping import Work
+from workers.config import LoraRoom
 from workers.execution.gpu.runner import GpuRunner
 from workers.model.config.architectures import read_config
 from workers.model.lora.files import read_adapter
@@ -39,7 +40,7 @@ def judges(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     found: Judges = {None: (Judge(base), None)}
     for seed, (name, rank) in enumerate(RANKS.items(), start=1):
         folder = made(root / name, base, rank=rank, seed=seed)
-        adapter = read_adapter(name, folder, read_config(base), 64).adapter
+        adapter = read_adapter(name, folder, read_config(base), LoraRoom(1, 64, experts=True)).adapter
         found[name] = Judge(merge(root / f"{name}-merged", base, folder)), adapter
     return found
 
@@ -54,7 +55,7 @@ def test_float32_equals_transformers_with_graphs_and_without(slots: int, judges:
         for prompt, count, name in zip(PROMPTS, OUTPUTS, names, strict=False)
     ]
     grammars = [replace(constrained(12, seed), adapter=judges[name][1]) for seed, name in enumerate(judges)]
-    with contextlib.closing(loop(path, **options, max_loras=slots, max_lora_rank=64)) as rank:
+    with contextlib.closing(loop(path, **options, max_loras=slots, max_lora_rank=64, lora_experts=True)) as rank:
         runner = rank.rank.executor
         assert isinstance(runner, GpuRunner)
         assert runner._adapted is not None

@@ -132,8 +132,7 @@ def build_rank(
     if lora is not None:
         rank.adapters = Residency(batch, config.lora_slots, ReadingStore(lora))
         if comm.rank == 0:
-            logger.info("LoRA: room for %d adapters of rank %d, %s bytes a rank", config.lora_slots, config.max_lora_rank,
-                        f"{lora.nbytes:,}")  # fmt: skip
+            logger.info("LoRA: room for %d adapters of rank %d, %s bytes a rank", *config.lora_room[:2], f"{lora.nbytes:,}")
     counts = runner.expert_counts
     expert_load = (lambda: None) if counts is None else ExpertCounter(counts).take
     narrow = None if runner.narrow is None else (runner.narrow, hosts[1] if hosts else None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcache.layout import BlockLayout
+from workers.config import LoraRoom
 from workers.model.checkpoint.dtype import kv_dtype_name
 from workers.model.config.architectures import ModelConfig
 from workers.model.decoders.native import EMBEDDING, HEAD, Decoder
@@ -27,10 +28,10 @@ class Footprint:
 
 def footprint(
     config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto", keeps: bool = False,
-    adapters: tuple[int, int] = (0, 0),
+    adapters: LoraRoom | None = None,
 ) -> Footprint:  # fmt: skip
     """size: ranks of a group. kv_dtype: as configured. keeps: quantised weights stay so where a GPU's kernels take them.
-    adapters: how many LoRA adapters, of which rank. Errors: CheckpointError if so many cannot share it."""
+    adapters: what is kept for LoRA adapters. Errors: CheckpointError if so many cannot share it."""
     shape = config.shard(0, size)
     layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype_name(kv_dtype, dtype))
     if isinstance(config, ModelConfig):
@@ -38,7 +39,8 @@ def footprint(
         forms = Forms(config.scheme, keeps)
         decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables, forms=forms)
         weights = sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces())
-        return Footprint(weights, layout, AdapterSlots(decoder, *adapters).nbytes if adapters[0] else 0, forms.says())
+        room = AdapterSlots(decoder, adapters).nbytes if adapters is not None and adapters.places else 0
+        return Footprint(weights, layout, room, forms.says())
     from workers.model.decoders.transformers.loading import held_bytes
     from workers.model.transformers.classes import build  # with its class, which takes a second
 

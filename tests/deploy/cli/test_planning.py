@@ -16,7 +16,7 @@ from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
 from tests.shared.checkpoints import make_checkpoint
 from tests.shared.quantising import MXFP4, is_stack, quantise
-from workers.config import ReadingConfig
+from workers.config import LoraRoom, ReadingConfig
 from workers.model.config.architectures import torch_dtype
 from workers.model.config.fields import CheckpointError
 from workers.model.reading import read_model
@@ -188,7 +188,7 @@ def test_room_for_adapters_is_counted(tmp_path: Path) -> None:
         (said,) = (line for line in lines if line.startswith("blocks"))
         return int(said.split()[1].rstrip(",").replace(",", ""))
 
-    taken = footprint(read_model(path), 1, torch.bfloat16, 256, adapters=(8, 128))
+    taken = footprint(read_model(path), 1, torch.bfloat16, 256, adapters=LoraRoom(8, 128))
     fewer = taken.adapter_bytes / taken.layout.block_bytes
     assert fewer > 10
     assert abs(room() - room(max_loras=8, max_lora_rank=128) - fewer) < 1
@@ -198,13 +198,15 @@ def test_room_for_adapters_of_experts_is_counted(tmp_path: Path) -> None:
     """In numbers for each rank of an adapter, A and B of each layer."""
     path = make("qwen2_moe", tmp_path, num_hidden_layers=1)
 
-    def room(size: int, **how: Any) -> float:
-        taken = footprint(read_model(path, ReadingConfig(**how)), size, torch.float32, 16, adapters=(2, 16))
+    def room(size: int, experts: bool = True, **how: Any) -> float:
+        adapters = LoraRoom(2, 16, experts)
+        taken = footprint(read_model(path, ReadingConfig(**how)), size, torch.float32, 16, adapters=adapters)
         return taken.adapter_bytes / (2 * 16 * torch.float32.itemsize)
 
     hidden, width, router, whole = 64, 48, 2 * 64 + 6 + 1, 3 * 64 + (64 + 2 * 32) + 64 + 64
     expert, half = 3 * hidden + 3 * width, 3 * hidden + 3 * width // 2  # the shared one is as large, and always halved
     assert room(1) == whole + router + expert + 6 * expert
+    assert room(1, experts=False) == whole + router + expert
     assert room(2) == whole - 64 - 32 + router + half + 6 * half
     assert room(2, enable_expert_parallel=True) == whole - 64 - 32 + router + half + 3 * expert
 

@@ -77,7 +77,7 @@ def answers(checkpoint: Path, folder: Path) -> list[tuple[list[int], float]]:
 def require_same(checkpoint: Path, folders: Iterable[Path], size: int, **options: Any) -> None:
     """Of all of them in one batch, with two places."""
     named = {folder.name: str(folder) for folder in folders}
-    with open_llm(checkpoint, size=size, lora=named, max_loras=2, **options) as llm:
+    with open_llm(checkpoint, size=size, lora=named, max_loras=2, lora_experts=True, **options) as llm:
         sources: list[Source] = [{"prompt_token_ids": prompt, "lora": name} for name in named for prompt in PROMPTS]
         outputs = llm.generate(sources, greedy(TOKENS, logprobs=0), progress=False)
     expected = [answer for folder in named.values() for answer in answers(checkpoint, Path(folder))]

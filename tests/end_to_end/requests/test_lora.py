@@ -62,7 +62,8 @@ def opened(adapted: Adapted) -> Iterator[LLM]:
 
 def open_adapted(adapted: Adapted, **options: object) -> LLM:
     named = {name: str(folder) for name, folder in adapted.folders.items()}
-    return open_llm(adapted.base, **{"lora": named, "max_lora_rank": 32, "max_num_batched_tokens": 32} | options)  # type: ignore[arg-type]
+    usual = {"lora": named, "max_lora_rank": 32, "lora_experts": True, "max_num_batched_tokens": 32}
+    return open_llm(adapted.base, **usual | options)  # type: ignore[arg-type]
 
 
 def ask(llm: LLM, prompts: list[list[int]], names: list[str | None] | str | None, count: int = TOKENS) -> list[RequestOutput]:

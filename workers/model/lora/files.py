@@ -25,6 +25,7 @@ from typing import Any
 import xxhash
 
 from scheduler.protocol.messages import Adapter
+from workers.config import LoraRoom
 from workers.model.config.architectures import ModelConfig
 from workers.model.config.fields import CheckpointError, Fields, read_json
 from workers.model.lora.modules import STACKS, WRAPPED, has_experts, modules_of, served, shape_of
@@ -99,8 +100,8 @@ class AdapterFiles:
         return Path(self.adapter.folder) / TENSORS
 
 
-def read_adapter(name: str, folder: str | Path, model: DecoderConfig, max_rank: int) -> AdapterFiles:
-    """max_rank: that ranks have room for. Errors: CheckpointError for what is not there, is not served, or does not fit the
+def read_adapter(name: str, folder: str | Path, model: DecoderConfig, room: LoraRoom) -> AdapterFiles:
+    """room: that ranks have. Errors: CheckpointError for what is not there, is not served, or does not fit the
     model."""
     if not isinstance(model, ModelConfig):
         raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
@@ -116,8 +117,10 @@ def read_adapter(name: str, folder: str | Path, model: DecoderConfig, max_rank: 
     linears = _oriented(said, tuple(_linears(said, shapes, model, path / TENSORS)), shapes, model)
     for linear in linears:
         _fit(linear, shapes, model, path / TENSORS)
-        if linear.rank > max_rank:
-            raise CheckpointError(f"{path} has rank {linear.rank}, and there is room for {max_rank}: raise max_lora_rank")
+        if linear.rank > room.rank:
+            raise CheckpointError(f"{path} has rank {linear.rank}, and there is room for {room.rank}: raise max_lora_rank")
+        if (linear.stacked or linear.expert is not None) and not room.experts:
+            raise CheckpointError(f"{path} changes experts, beside which no room is kept: start with lora_experts")
     return AdapterFiles(Adapter(name, _digest(path), str(path)), linears)
 
 

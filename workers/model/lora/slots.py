@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from workers.config import WorkerConfig
+from workers.config import LoraRoom, WorkerConfig
 from workers.kernels.lora.weights import LoraWeights
 from workers.model.config.architectures import ModelConfig, RankShape
 from workers.model.decoders.native import Decoder, Layer
@@ -35,15 +35,14 @@ class ProjectionShare(NamedTuple):
 
 
 class AdapterSlots:
-    """Makes room for `slots` adapters of `rank` at most beside each linear layer of `decoder` and beside its experts, which use
-    it from then on."""
+    """Makes room for adapters beside each linear layer of `decoder`, and beside its experts if `room` says so, which use it
+    from then on."""
 
-    def __init__(self, decoder: Decoder, slots: int, rank: int) -> None:
-        self.config = decoder.config
-        self.rank = rank
+    def __init__(self, decoder: Decoder, room: LoraRoom) -> None:
+        self.config, self.room = decoder.config, room
         self.device = decoder.device
         self._shape = decoder.shape
-        self._weights = [_Room(decoder, slots, rank).beside(layer) for layer in decoder.layers]
+        self._weights = [_Beside(decoder, room).layer(layer) for layer in decoder.layers]
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +88,7 @@ def adapter_slots(config: WorkerConfig, decoder: "Decoder | TransformersDecoder"
     if not config.lora_slots:
         return None
     assert isinstance(decoder, Decoder), "refused before anything is started"
-    return AdapterSlots(decoder, config.lora_slots, config.max_lora_rank)
+    return AdapterSlots(decoder, config.lora_room)
 
 
 def _unstacked(
@@ -135,13 +134,13 @@ def share_of(projection: str, shape: RankShape, in_turns: bool = False) -> Proje
     return ProjectionShare(WHOLE, own) if name in ("o_proj", "down_proj") else ProjectionShare(own, WHOLE)
 
 
-class _Room:
-    """For so many adapters of so large a rank."""
+class _Beside:
+    """Makes the room beside each product, by its name."""
 
-    def __init__(self, decoder: Decoder, slots: int, rank: int) -> None:
-        self._decoder, self._slots, self._rank = decoder, slots, rank
+    def __init__(self, decoder: Decoder, room: LoraRoom) -> None:
+        self._decoder, self._room = decoder, room
 
-    def beside(self, layer: Layer) -> dict[str, LoraWeights]:
+    def layer(self, layer: Layer) -> dict[str, LoraWeights]:
         shape, hidden = self._decoder.shape, self._decoder.config.hidden
         width, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         layer.qkv.lora, layer.o.lora = qkv, o = self._of(hidden, width, kv_rows, kv_rows), self._of(width, hidden)
@@ -154,16 +153,21 @@ class _Room:
         return {f"{block}gate_up": gate_up, f"{block}down": down}
 
     def _mixture(self, mixture: Mixture) -> dict[str, LoraWeights]:
+        shape, hidden = mixture.shape, self._decoder.config.hidden
+        gates = (mixture.config.experts, 1) if mixture.shared is not None else (mixture.config.experts,)
+        mixture.router.lora = router = self._of(hidden, *gates)
+        shared = self._mlp(mixture.shared, shape.shared, "shared_expert.") if mixture.shared is not None else {}
+        return {"router": router} | shared | (self._experts(mixture) if self._room.experts else {})
+
+    def _experts(self, mixture: Mixture) -> dict[str, LoraWeights]:
         """A stack whose gates and ups are in turns has one A for both, as its adapters have."""
         shape, experts, hidden = mixture.shape, mixture.experts, self._decoder.config.hidden
         ups = (2 * shape.intermediate,) if experts.in_turns else (shape.intermediate, shape.intermediate)
         gate_up = self._of(hidden, *ups, experts=shape.experts)
         down = self._of(shape.intermediate, hidden, experts=shape.experts)
         experts.adapt(gate_up, down)
-        gates = (mixture.config.experts, 1) if mixture.shared is not None else (mixture.config.experts,)
-        mixture.router.lora = router = self._of(hidden, *gates)
-        shared = self._mlp(mixture.shared, shape.shared, "shared_expert.") if mixture.shared is not None else {}
-        return {"experts.gate_up": gate_up, "experts.down": down, "router": router} | shared
+        return {"experts.gate_up": gate_up, "experts.down": down}
 
     def _of(self, columns: int, *rows: int, experts: int | None = None) -> LoraWeights:
-        return LoraWeights.empty(self._slots, self._rank, columns, rows, self._decoder.dtype, self._decoder.device, experts)
+        places, rank = self._room.places, self._room.rank
+        return LoraWeights.empty(places, rank, columns, rows, self._decoder.dtype, self._decoder.device, experts)

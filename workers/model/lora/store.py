@@ -60,7 +60,7 @@ class ReadingStore:
     def _fill(self, asked: _Asked) -> None:
         """Errors: ValueError if its files have changed since its requests were taken, and whatever reading raises."""
         adapter, slots = asked.adapter, self._slots
-        files = read_adapter(adapter.name, adapter.folder, slots.config, slots.rank)
+        files = read_adapter(adapter.name, adapter.folder, slots.config, slots.room)
         if files.adapter.version != adapter.version:
             raise ValueError(f"the files in {adapter.folder} have changed since it was loaded: load it again")
         if asked.launched is None:

@@ -20,6 +20,7 @@ from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
 from tests.workers.stepping import Stepped, Work
 from workers.attention.forms import Form
+from workers.config import LoraRoom
 from workers.execution.gpu import chunks
 from workers.execution.gpu import runner as gpu_runner
 from workers.execution.gpu.graphs import Launch
@@ -229,9 +230,9 @@ def test_rows_of_several_adapters_and_of_none_get_the_tokens_of_a_cpu(
     model, adapters = read_config(checkpoint), []
     for number, rank in enumerate((3, 16, 20)):
         folder = make_adapter(tmp_path / str(number), checkpoint, rank=rank, seed=number, targets=OF_EXPERTS)
-        adapters.append(read_adapter(str(number), folder, model, 32).adapter)
+        adapters.append(read_adapter(str(number), folder, model, LoraRoom(2, 32, experts=True)).adapter)
     works = [replace(work, adapter=adapter) for work, adapter in zip(WORKS, [*adapters, None, adapters[0]], strict=True)]
-    room = {"max_loras": 2, "max_lora_rank": 32}
+    room = {"max_loras": 2, "max_lora_rank": 32, "lora_experts": True}
     stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, **room)
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)

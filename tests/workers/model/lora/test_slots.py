@@ -8,12 +8,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.shared.adapters import make_adapter
 from tests.shared.checkpoints import make_checkpoint
+from workers.config import LoraRoom
 from workers.kernels.lora.weights import LoraWeights
 from workers.model.config.architectures import read_config
 from workers.model.decoders.native import load_model
 from workers.model.lora.files import TENSORS, read_adapter
 from workers.model.lora.slots import AdapterSlots
 from workers.parallel.in_process import Solo
+
+ROOM = LoraRoom(2, 16)
 
 HUGE = 1e5  # more than float16 has
 
@@ -38,7 +41,7 @@ def test_numbers_that_are_not_finite_in_the_models_dtype_are_refused(
     tensors[name][1, 2] = number
     save_file(tensors, folder / TENSORS)
     decoder = load_model(checkpoint, config, Solo(), dtype, torch.device("cpu"), None)
-    slots, files = AdapterSlots(decoder, 2, 16), read_adapter("a", folder, config, 16)
+    slots, files = AdapterSlots(decoder, ROOM), read_adapter("a", folder, config, ROOM)
     if refused:
         with pytest.raises(ValueError, match=rf"k_proj of layer 1 .*not finite in {dtype}"):
             slots.fill(1, files)
