@@ -9,14 +9,13 @@ import torch
 from benchmarks.models.compare import SETTINGS, Reference, Setting, compare
 from benchmarks.models.zoo import make
 from deploy import LLM
+from tests.end_to_end.cache.turns import OUTPUT, PROMPTS, fetch_prefix, take_turns
 from tests.end_to_end.engines import QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
-from tests.end_to_end.waiting import nothing_left_behind, wait_idle
+from tests.end_to_end.waiting import nothing_left_behind
 from tests.shared.checkpoints import generate_reference, make_checkpoint
 
 BLOCK, WINDOW, CHUNK = 16, 40, 32
-PROMPTS = [draw(450, seed=300), draw(7, seed=301), draw(300, seed=302)]
-OUTPUT = 160
 KINDS: dict[str, dict[str, Any]] = {
     "gemma3_text": {},
     "gpt_oss": {"num_hidden_layers": 3, "layer_types": None, "dtype": torch.bfloat16},
@@ -99,26 +98,13 @@ def test_the_next_turn_hits_what_is_left_of_the_last_one(checkpoint: Path, expec
 def test_both_kinds_come_back_from_host_memory(checkpoint: Path, expected: list[list[int]]) -> None:
     host = kv_memory(checkpoint, 120, BLOCK, "float64")
     with nothing_left_behind(), open_mixed(checkpoint, 36, host_kv_memory=host, max_num_seqs=2, max_model_len=640) as llm:
-        for prompt in PROMPTS:
-            run(llm, [prompt], greedy(100))
-            wait_idle(llm)
-        turns = [[*prompt, *output[:100]] for prompt, output in zip(PROMPTS, expected, strict=True)]
-        again = [run(llm, [turn], greedy(OUTPUT - 100))[0] for turn in turns]
-        wait_idle(llm)
+        take_turns(llm, expected)
         stats = llm.stats()
-    assert [output.outputs[0].token_ids for output in again] == [output[100:] for output in expected]
     assert stats.loads >= 1
     assert stats.failed_transfers == 0
 
 
 def test_both_kinds_are_fetched_by_another_group(checkpoint: Path) -> None:
-    prompts = [[*PROMPTS[0], *draw(12, seed=310 + number)] for number in range(12)]
-    with open_mixed(checkpoint, 400) as llm:
-        plain = tokens(run(llm, prompts, greedy(40)))
-    with nothing_left_behind(), open_mixed(checkpoint, 400, groups=2) as llm:
-        run(llm, [PROMPTS[0]], greedy(2))
-        assert tokens(run(llm, prompts, greedy(40))) == plain
-        wait_idle(llm)
-        stats = llm.stats()
+    stats = fetch_prefix(lambda groups: open_mixed(checkpoint, 400, groups=groups))
     assert stats.fetches >= 1
     assert stats.failed_transfers == 0

@@ -4,9 +4,10 @@
         residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
         (where a layer has experts, `fused_experts` stands in the place of its MLP; of FP8 that is multiplied with FP8, norm and
         SwiGLU give rounded numbers)
-    few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
-        QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
-        and SwiGLU · down product and residual add
+    few tokens, five to seven, products by our own kernels where these read the weights faster than the library's:   QKV
+        product · norm of heads, rotation and KV write (or in the attention) · attention · O product, residual add and what the
+        next norm needs · gate/up product and SwiGLU · down product, residual add and what the next norm needs
+        (up to 2 tokens a product norms what it reads; where a neighbour cannot leave or take up a norm, it is a launch)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
