@@ -32,7 +32,7 @@ from workers.attention.triton import TritonAttention
 from workers.execution.gpu.runner import GpuRunner
 from workers.kernels.ahead import compiling_ahead
 from workers.kernels.products import tilings
-from workers.kernels.products.tilings import MAX_TOKENS, Tiling
+from workers.kernels.products.tilings import FEW, MAX_TOKENS, Tiling
 from workers.model.gpu.fused import FusedDecoder
 from workers.model.layers.linear import Linear
 from workers.model.layers.mlp import SwiGLU
@@ -53,6 +53,14 @@ SIXTEEN_BITS = (
     Tiling(32, 128, 4, 6), Tiling(64, 64, 4, 4, tokens=32), Tiling(64, 128, 4, 4, tokens=32), Tiling(64, 64, 8, 4, tokens=128),
     Tiling(64, 64, 4, 4, tokens=128), Tiling(64, 128, 4, 3, tokens=128), Tiling(128, 64, 8, 4, tokens=128),
 )  # fmt: skip
+FP8 = tuple(
+    Tiling(rows, columns, warps, stages, rounded=True)
+    for rows, columns, warps, stages in (
+        (32, 128, 4, 6), (32, 256, 4, 4), (64, 128, 4, 3), (64, 128, 4, 5), (64, 128, 4, 7), (64, 256, 4, 3), (64, 256, 4, 4),
+        (128, 128, 4, 4), (128, 128, 8, 4), (128, 128, 8, 6),
+    )
+)  # fmt: skip
+STREAMED_FP8 = tuple(Tiling(rows, 512 * warps, warps) for rows in (2, 4, 8, 16) for warps in (1, 2, 4))
 FOUR_BITS = (
     Tiling(32, 512, 2, 3), Tiling(32, 512, 2, 4), Tiling(32, 256, 2, 3), Tiling(32, 256, 2, 4), Tiling(64, 256, 4, 3),
     Tiling(64, 512, 4, 3), Tiling(16, 512, 2, 3), Tiling(32, 512, 4, 3), Tiling(128, 256, 8, 3),
@@ -160,8 +168,6 @@ class Steps:
     def tune(self, rows: int, best: float, expected: Tensor) -> float:
         """Tries tilings, product by product. Returns what a step takes with the best of all."""
         for key, bits in self.products().items():
-            if bits == 8:
-                continue  # whose tiles round x too
             candidates = list(_candidates(key, bits, rows))
             self.compile(rows, key, candidates)
             found = []
@@ -184,9 +190,12 @@ class Steps:
 
 def _candidates(key: Key, bits: int, rows: int) -> Iterator[Tiling | None]:
     n, k, _ = key
-    if bits == 16 and rows <= MAX_TOKENS:
-        yield None  # beyond, norms are left from one product to the next
-    for tile in FOUR_BITS if bits == 4 else SIXTEEN_BITS:
+    if bits == 8 and rows <= FEW:
+        yield from (tile for tile in STREAMED_FP8 if k % tile.columns == 0)
+        return
+    if bits == 16:
+        yield None
+    for tile in FOUR_BITS if bits == 4 else FP8 if bits == 8 else SIXTEEN_BITS:
         for parts in (1, 2, 4, 8):
             programs = tile.blocks(n) * -(-rows // tile.tokens) * parts
             fits = LEAST_PROGRAMS <= programs <= (MOST_OF_FOUR_BITS if bits == 4 else MOST_PROGRAMS)

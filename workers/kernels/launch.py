@@ -5,14 +5,19 @@ arithmetic, weights into registers), waits, and only after that reads what other
 kernels of a chain wait, so that whatever ran two kernels ago has ended as well. When a kernel lets the next one start is a
 matter of speed alone: at once where it leaves room beside itself, else when its sums are done.
 
-Imports triton. Runs on CUDA, or on the CPU under Triton's interpreter, where `pdl` changes nothing.
+Imports torch and triton. Runs on CUDA, or on the CPU under Triton's interpreter, where `pdl` changes nothing.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes
+INTERPRETED_BYTES = 227 << 10  # of shared memory, as a Hopper chip has them
+RESERVED_BYTES = 8 << 10  # for what is no stage
 
 
 @triton.jit
@@ -30,6 +35,26 @@ def enter_last(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+def may_start_early(device: torch.device) -> bool:
+    """Whether kernels of it take `pdl`: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have: what Triton holds it to."""
+    if device.type != "cuda":
+        return INTERPRETED_BYTES
+    return int(triton.compiler.max_shared_mem(device.index or 0))
+
+
+def fitting_stages(stages: int, stage_bytes: int, device: torch.device, beside: int = 0) -> int:
+    """As many of a loop's stages, each with so many bytes of shared memory, as a program may have, with so many bytes beside.
+    Of the stage that is computed there is none, but on Hopper, where all that is chosen fits."""
+    room = shared_bytes(device) - RESERVED_BYTES - beside
+    return max(1, min(stages, 1 + room // stage_bytes))
 
 
 def interpreted() -> bool:

@@ -8,7 +8,7 @@ Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's int
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,8 +17,18 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.kernels.attention.form import Form, plain_forms
-from workers.kernels.attention.spans import LOG2_E, capped, first_peak, fitting_keys, lowest_seen, span_blocks, span_kv
+from workers.kernels.attention.spans import (
+    LOG2_E,
+    capped,
+    first_peak,
+    fitting_keys,
+    lowest_seen,
+    span_blocks,
+    span_bytes,
+    span_kv,
+)
 from workers.kernels.heads.fp8 import query_for_fp8
+from workers.kernels.launch import fitting_stages
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan
@@ -35,8 +45,17 @@ class ChunkConfig:
     warps: int = 4
 
 
-def choose_config(dtype: torch.dtype, head_dim: int) -> ChunkConfig:
+def choose_config(pool: KVPool, dtype: torch.dtype, head_dim: int) -> ChunkConfig:
     """The best known for queries of that dtype; heads of more than 128 numbers are as yet unmeasured."""
+    config = _measured(dtype, head_dim)
+    stages = fitting_stages(
+        config.stages, span_bytes(pool, config.keys, head_dim), pool.device, config.rows * head_dim * dtype.itemsize
+    )
+    return replace(config, stages=stages)
+
+
+def _measured(dtype: torch.dtype, head_dim: int) -> ChunkConfig:
+    """On an H200."""
     if dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
     keys = fitting_keys(ChunkConfig().keys, head_dim)
@@ -181,7 +200,7 @@ class ChunkAttention:
         self._kv_heads, self._head_dim = kv_heads or layout.kv_heads, head_dim or layout.head_dim
         self._group = heads // self._kv_heads
         self._dim = max(16, triton.next_power_of_2(self._head_dim))
-        self.config = config = config or choose_config(dtype or pool.dtype, self._head_dim)
+        self.config = config = config or choose_config(pool, dtype or pool.dtype, self._head_dim)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:

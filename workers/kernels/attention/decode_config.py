@@ -1,11 +1,12 @@
 """How a decode is cut and computed, by the pool and the size of the batch. Imports torch, triton and the pool."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvcache.pool import KVPool
-from workers.kernels.attention.spans import fitting_keys
+from workers.kernels.attention.spans import fitting_keys, span_bytes
+from workers.kernels.launch import fitting_stages, may_start_early
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,17 @@ def choose_config(pool: KVPool, rows: int, dtype: torch.dtype, head_dim: int) ->
     batch 4 1,262 and 1,230; batch 32 1,507 and 1,564. Some, us a layer: 32 rows of 1,024 keys 40.7 as many have it, 35.3 as
     some have it; 32 of 128 to 1,779 40.9 and 38.9, 64 of them 67.3 and 63.8; 256 254 and 256.
     """
+    config = _measured(pool, rows, dtype, head_dim)
+    stages = fitting_stages(config.stages, span_bytes(pool, config.keys, head_dim), pool.device)
+    return replace(config, stages=stages)
+
+
+def _measured(pool: KVPool, rows: int, dtype: torch.dtype, head_dim: int) -> DecodeConfig:
+    """On an H200."""
     keys = fitting_keys(DecodeConfig().keys, head_dim)
     if dtype == torch.float32:
         return DecodeConfig(keys=max(16, keys // 2), stages=2, warps=8)  # a dot in full precision takes operands into registers
-    hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9
+    hopper = may_start_early(pool.device)
     if pool.layout.scaled and hopper:
         return _of_fp8(keys, rows)
     if rows <= FEW_ROWS and hopper:

@@ -1,10 +1,13 @@
-"""Spans of a row's keys, as decodes and chunks read them from the pool, and the online softmax over them. Imports triton.
+"""Spans of a row's keys, as decodes and chunks read them from the pool, and the online softmax over them. Imports triton and
+the pool.
 
 What a layer's `Form` adds to plain attention is constants of a kernel, 0 where it adds nothing: then nothing of it is compiled.
 """
 
 import triton
 import triton.language as tl
+
+from kvcache.pool import KVPool
 
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -14,6 +17,11 @@ def fitting_keys(keys: int, head_dim: int) -> int:
     """Of a span, where so many fit whose heads have 128 numbers or fewer: several spans lie in a multiprocessor at once."""
     width = int(triton.next_power_of_2(head_dim))
     return max(16, keys // max(1, width // 128))
+
+
+def span_bytes(pool: KVPool, keys: int, head_dim: int) -> int:
+    """Of the keys and values of a span."""
+    return 2 * keys * max(16, int(triton.next_power_of_2(head_dim))) * pool.data.element_size()
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.launch import enter, enter_last, interpreted
 from workers.kernels.lora.rows import GroupedRows, most_tiles, tile_of
 
 FEW_ROWS, SOME_ROWS = 32, 256
@@ -38,15 +39,16 @@ class LoraTiling:
 @triton.jit(do_not_specialize=["rows"])
 def _shrink(x, a, low, order, starts, rows, x_stride, K: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr,
             PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+            PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program: a tile of rows of one adapter, WIDTH rows of its A, a share of x."""
+    enter_last(PDL)
     slot, first, end = tile_of(starts, tl.program_id(0), SLOTS, PADDED, ROWS)
     if slot >= SLOTS:
         return
     share = tl.program_id(2)
     index = first + tl.arange(0, ROWS)
     there = index < end
-    row = tl.load(order + index, mask=there, other=0).to(tl.int64)
+    row = tl.load(order + index, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
     n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     each: tl.constexpr = ((K + COLUMNS - 1) // COLUMNS + SHARES - 1) // SHARES * COLUMNS
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -61,11 +63,13 @@ def _shrink(x, a, low, order, starts, rows, x_stride, K: tl.constexpr, N: tl.con
 @triton.jit(do_not_specialize=["rows"])
 def _expand(low, b, product, order, starts, rows, product_stride, FIRST: tl.constexpr, SECOND: tl.constexpr,
             THIRD: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr,
-            ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr, PRECISION: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     """A program: a tile of rows of one adapter, WIDTH numbers of one part of the product. FIRST, SECOND, THIRD: numbers of the
     parts, 0 where there are fewer."""
-    slot, first, end = tile_of(starts, tl.program_id(0), SLOTS, PADDED, ROWS)
+    slot, first, end = tile_of(starts, tl.program_id(0), SLOTS, PADDED, ROWS)  # known since the step began
     if slot >= SLOTS:
+        enter(PDL)
         return
     tile = tl.program_id(1)
     of_first: tl.constexpr = (FIRST + WIDTH - 1) // WIDTH
@@ -78,21 +82,24 @@ def _expand(low, b, product, order, starts, rows, product_stride, FIRST: tl.cons
     n = begin + inside
     index = first + tl.arange(0, ROWS)
     there = index < end
-    row = tl.load(order + index, mask=there, other=0).to(tl.int64)
+    row = tl.load(order + index, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
     r = tl.arange(0, RANK)
+    b_at = b + (slot.to(tl.int64) * (FIRST + SECOND + THIRD) + n)[:, None] * RANK + r[None, :]
+    weight = tl.load(b_at, mask=wanted[:, None], other=0.0)
+    enter(PDL)
     sums = tl.zeros([ROWS, RANK], tl.float32)
     for share in range(SHARES):
         at = low + ((share * rows).to(tl.int64) + row)[:, None] * N + (part * RANK + r)[None, :]
         sums += tl.load(at, mask=there[:, None], other=0.0)
-    at = b + (slot.to(tl.int64) * (FIRST + SECOND + THIRD) + n)[:, None] * RANK + r[None, :]
-    weight = tl.load(at, mask=wanted[:, None], other=0.0)
     added = tl.dot(sums.to(weight.dtype), tl.trans(weight), input_precision=PRECISION)
     at = product + row[:, None] * product_stride + n[None, :]
     mask = there[:, None] & wanted[None, :]
     tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + added).to(product.dtype.element_ty), mask=mask)
 
 
-def add_low_rank(product: Tensor, x: Tensor, a: Tensor, b: Tensor, parts: tuple[int, ...], grouped: GroupedRows) -> None:
+def add_low_rank(
+    product: Tensor, x: Tensor, a: Tensor, b: Tensor, parts: tuple[int, ...], grouped: GroupedRows, *, pdl: bool = False
+) -> None:
     """Adds B A x of each row's adapter to product [rows or more, out], in place.
 
     x: [rows or more, in]. a: [slots, parts * rank, in], b: [slots, out, rank]; rank: a power of two from 16 on. parts: of
@@ -103,8 +110,9 @@ def add_low_rank(product: Tensor, x: Tensor, a: Tensor, b: Tensor, parts: tuple[
     down, up = tilings(grouped.rows, width, rank)
     low = torch.empty(down.shares, grouped.rows, low_width, dtype=torch.float32, device=x.device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    pdl = pdl and not interpreted()
     flags = {"N": low_width, "SLOTS": grouped.slots, "PADDED": int(triton.next_power_of_2(grouped.slots)),
-             "SHARES": down.shares, "PRECISION": precision}  # fmt: skip
+             "SHARES": down.shares, "PRECISION": precision, "PDL": pdl, "launch_pdl": pdl}  # fmt: skip
     _shrink[(most_tiles(grouped, down.rows), low_width // down.width, down.shares)](
         x, a, low, grouped.order, grouped.starts, grouped.rows, x.stride(0), K=width, ROWS=down.rows, COLUMNS=down.columns,
         WIDTH=down.width, num_warps=down.warps, **flags,

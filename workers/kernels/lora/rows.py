@@ -63,10 +63,10 @@ def group(slots: Tensor, count: int) -> GroupedRows:
 @triton.jit
 def tile_of(starts, program, SLOTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """(slot, first, end) in the order of the rows: which tile of at most ROWS rows is this program's. Programs beyond the last
-    tile get a slot that is not below SLOTS."""
+    tile get a slot that is not below SLOTS. May be asked before what has grouped the rows is waited for, see `enter_last`."""
     each = tl.arange(0, PADDED)
-    begins = tl.load(starts + each, mask=each < SLOTS, other=0)
-    ends = tl.load(starts + each + 1, mask=each < SLOTS, other=0)
+    begins = tl.load(starts + each, mask=each < SLOTS, other=0, cache_modifier=".cg")
+    ends = tl.load(starts + each + 1, mask=each < SLOTS, other=0, cache_modifier=".cg")
     tiles = (ends - begins + ROWS - 1) // ROWS
     upto = tl.cumsum(tiles, 0)
     slot = tl.sum((upto <= program).to(tl.int32), 0)

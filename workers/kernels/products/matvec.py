@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from workers.kernels.launch import interpreted
+from workers.kernels.launch import fitting_stages, interpreted
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles, in_fours
 from workers.kernels.products.fp8_tiles import fp8_tiles
@@ -156,7 +156,7 @@ class _Product:
         tiles[(self._tiles * self.config.parts,)](
             self.x, values, self._or_any(self.bias), self.out, scales, *self._norms, *self._sums(), len(self.x),
             self.x.stride(0), values.stride(0), self.out.stride(0), self._eps, BITS=bits, GROUP=group, **self._cut,
-            **self._split, **self._left, **self._early,
+            **self._split(bits), **self._left, **self._early,
         )  # fmt: skip
 
     def four_bits(self, weight: Reduced) -> None:
@@ -165,7 +165,7 @@ class _Product:
         cut = self._cut | {"COLUMNS": min(self.config.columns, weight.span), "FOURS": fours}
         four_bit_tiles[(self._tiles * self.config.parts,)](
             self.x, weight.values, self._or_any(self.bias), self.out, scales, zeros, *self._norms, *self._sums(), len(self.x),
-            self.x.stride(0), self.out.stride(0), self._eps, SPAN=weight.span, GROUP=weight.group, **cut, **self._split,
+            self.x.stride(0), self.out.stride(0), self._eps, SPAN=weight.span, GROUP=weight.group, **cut, **self._split(4),
             **self._left, **self._early,
         )  # fmt: skip
 
@@ -180,7 +180,7 @@ class _Product:
         fp8_tiles[(self._tiles * self.config.parts,)](
             near.values, near.scales, weight.values, weight.scales, self.out if self.bias is None else self.bias, self.out,
             *self._sums(), len(near), len(near.values), self.out.stride(0), GROUP=_group(weight), SQUARE=square,
-            WIDE=interpreted(), **cut, **self._split, **self._early,
+            WIDE=interpreted(), **cut, **self._split(8), **self._early,
         )  # fmt: skip
 
     @property
@@ -202,10 +202,11 @@ class _Product:
             "BIAS": self.bias is not None, "RESIDUAL": self.residual, "GATED": self.swiglu, "num_warps": config.warps,
         }  # fmt: skip
 
-    @property
-    def _split(self) -> dict[str, int]:
-        """What those of the tensor cores are."""
-        return {"TOKENS": self._padded, "PARTS": self.config.parts, "STAGES": self.config.stages}
+    def _split(self, bits: int) -> dict[str, int]:
+        """What those of the tensor cores are, of W in so many bits."""
+        config = self.config
+        stages = fitting_stages(config.stages, config.stage_bytes(self._padded, bits, self.swiglu), self.x.device)
+        return {"TOKENS": self._padded, "PARTS": config.parts, "STAGES": stages}
 
     @property
     def _left(self) -> dict[str, int]:

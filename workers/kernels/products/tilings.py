@@ -13,7 +13,7 @@ FEWER_BITS_TOKENS = 2  # likewise
 MAX_TOKENS = 64
 MOST_TOKENS = 256  # where W is small
 SMALL_WEIGHT_BYTES = 16 << 20
-MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs, where W is not small
+MAX_TOKENS_OF_WIDE = 32  # up to which products are cut as for few
 MOST_OUTPUTS = 4  # for one input, of products that are not the head's
 FEW = 2  # tokens that `stream` takes
 SMALL_NUMBERS, TINY_NUMBERS = 8 << 20, 1 << 20  # of W
@@ -45,6 +45,11 @@ class Tiling:
         """Tiles of rows of an output of n numbers."""
         return -(-n // self.rows)
 
+    def stage_bytes(self, tokens: int, bits: int, swiglu: bool) -> int:
+        """Of W in so many bits, and of so many tokens of a program."""
+        of_w = self.rows * (2 if swiglu else 1) * bits // 8
+        return (of_w + tokens * (1 if self.rounded else 2)) * self.columns
+
 
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
     """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
@@ -57,8 +62,7 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     if tokens <= (STREAM_TOKENS if dtype == torch.float32 or n * k <= TINY_NUMBERS else FEW):
         return _streamed(n, k, tokens, dtype, swiglu, bits)
     if bits == 8 and dtype == torch.bfloat16 and tokens <= MAX_TOKENS:
-        tile = Tiling(64, 128, 4, 3 if swiglu and tokens > MAX_TOKENS_OF_WIDE else 5, rounded=True)
-        return _among(n, k, tile, FP8_PROGRAMS, LEAST_OF_FP8)
+        return _rounded(n, k, tokens, swiglu)
     return _sixteen_bits(n, k, tokens, dtype, swiglu, bits) if bits != 4 else None
 
 
@@ -77,14 +81,15 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool,
         return _among(n, k, tile, DEEP_PROGRAMS, tokens=tokens)
     if small:
         return _small_gated(n, k, tokens) if swiglu else _small_wide(n, k, tokens)
-    if tokens > MAX_TOKENS_OF_WIDE:
+    if n > MOST_OUTPUTS * k:
         return None
+    few = tokens <= MAX_TOKENS_OF_WIDE
     if swiglu:
-        return _among(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS)
-    return _among(n, k, Tiling(128, 64, 4, 4), 2 * WIDE_PROGRAMS) if n <= MOST_OUTPUTS * k else None
+        return _among(n, k, Tiling(64, 64, 4, 4) if few else Tiling(128, 64, 8, 4), WIDE_PROGRAMS)
+    return _among(n, k, Tiling(64, 128, 4, 6) if few else Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
 
 
-# The best of whole steps of the 0.6B shape with 32, 64, 128 and 256 rows, each tiling tried in turn.
+# The best of whole steps of the 0.6B shape with 32, 64, 128 and 256 rows, each tiling tried in turn; above, of the 8B shape.
 
 
 def _small_deep(n: int, k: int, tokens: int) -> Tiling:
@@ -114,6 +119,16 @@ def _small_wide(n: int, k: int, tokens: int) -> Tiling | None:
     else:
         tile = Tiling(64, 128, 4, 4) if tokens <= 2 * MAX_TOKENS else Tiling(64, 64, 4, 6)
     return _among(n, k, tile, 1)
+
+
+def _rounded(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
+    """Of FP8: 128 columns at a time, though more would be faster, since tensor cores add these up imprecisely. The best of
+    whole steps of the 8B shape with 32 and 64 rows."""
+    small, many = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS, swiglu and tokens > MAX_TOKENS_OF_WIDE
+    if many and not small:
+        return _among(n, k, Tiling(128, 128, 8, 4, rounded=True), WIDE_PROGRAMS)
+    tile = Tiling(64, 128, 4, 7 if n <= k else 3 if many else 5, rounded=True)
+    return _among(n, k, tile, FP8_PROGRAMS, LEAST_OF_FP8 if small else 4 * LEAST_OF_FP8)
 
 
 def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:

@@ -56,9 +56,9 @@ def rounded(x: Tensor, group: int, *, pdl: bool = False) -> Rounded:
     return _launch(x, x.shape[1], group, False, pdl)
 
 
-def silu_mul_rounded(gate_up: Tensor, group: int) -> Rounded:
+def silu_mul_rounded(gate_up: Tensor, group: int, *, pdl: bool = False) -> Rounded:
     """gate_up [tokens, 2 * columns], the gate first: silu(gate) * up, rounded to its dtype and then as `rounded`."""
-    return _launch(gate_up, gate_up.shape[1] // 2, group, True, False)
+    return _launch(gate_up, gate_up.shape[1] // 2, group, True, pdl)
 
 
 def _launch(x: Tensor, columns: int, group: int, gated: bool, pdl: bool) -> Rounded:

@@ -5,6 +5,7 @@ kernels.
 from torch import Tensor
 
 from workers.kernels.experts.route import Added, Routing
+from workers.kernels.launch import may_start_early
 from workers.kernels.lora.experts import low_rank
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
@@ -18,11 +19,12 @@ class DeviceRows:
     def __init__(self, slots: Tensor, count: int) -> None:
         self._slots, self._count = slots, count
         self._grouped: GroupedRows | None = None
+        self._pdl = may_start_early(slots.device)
 
     def add(self, weights: LoraWeights, product: Tensor, x: Tensor) -> None:
         if self._grouped is None:
             self._grouped = group(self._slots, self._count)
-        add_low_rank(product, x, weights.a, weights.b, weights.rows, self._grouped)
+        add_low_rank(product, x, weights.a, weights.b, weights.rows, self._grouped, pdl=self._pdl)
 
     def of_pairs(
         self, weights: LoraWeights, x: Tensor, routing: Routing, *, by_token: bool, in_turns: bool = False

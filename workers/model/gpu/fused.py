@@ -21,6 +21,7 @@ from torch import Tensor
 from kvcache.pool import KVPool, KVPools
 from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
+from workers.kernels.launch import may_start_early
 from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.prenormed import Prenormed
@@ -93,7 +94,7 @@ class FusedDecoder:
         self._eps = decoder.config.rms_eps
         self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
         self._comm = decoder.comm
-        self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
+        self._pdl = may_start_early(decoder.device)
         # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
         ours = decoder.shape.size == 1 and decoder.device.type == "cuda"
         self._few_tokens = self._most_of_ours(decoder.dtype) if ours else 0
@@ -106,14 +107,12 @@ class FusedDecoder:
         }
 
     def _most_of_ours(self, dtype: torch.dtype) -> int:
-        """Tokens up to which some of a layer's products are our own; beyond, where all of them are, norms are left to them."""
+        """Tokens up to which a layer's products may be our own."""
         if dtype == torch.float32:
             return STREAM_TOKENS
-        mlps = [layer.mlp for layer in self._layers]
-        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o)]
-        linears += [mlp.down for mlp in mlps if isinstance(mlp, SwiGLU)]
-        dense = all(isinstance(mlp, SwiGLU) and self._choose(mlp.gate_up, MOST_TOKENS, dtype, True) for mlp in mlps)
-        return MOST_TOKENS if dense and all(self._choose(linear, MOST_TOKENS, dtype) for linear in linears) else MAX_TOKENS
+        dense = [(layer.qkv, layer.mlp) for layer in self._layers if isinstance(layer.mlp, SwiGLU)]
+        plain = all(qkv.reduced is None and mlp.gate_up.reduced is None for qkv, mlp in dense)
+        return MOST_TOKENS if plain and len(dense) == len(self._layers) else MAX_TOKENS
 
     def logits(
         self, tokens: Tensor, positions: Tensor, slots: Slots, attend: Attend, rows: Tensor | None = None,
@@ -147,7 +146,7 @@ class FusedDecoder:
             if rows is not None and number == last and not len(rows):
                 self._query(number, layer, projected, positions, slots)
                 return hidden[:0]  # the last layer's KV is all that was wanted
-            attended = self._attended(attend, number, layer, projected, positions, slots)
+            attended = self._attended(attend, number, layer, projected, positions, slots, self._pdl)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
                 live = None if live is None else live.index_select(0, rows)
@@ -170,10 +169,11 @@ class FusedDecoder:
         """This rank's part of the sum."""
         if isinstance(layer.mlp, Mixture):
             assert isinstance(normed, Tensor), "experts' weights are plain"
-            return self._mixtures[number](normed, live, adapters=adapters)
+            return self._mixtures[number](normed, live, adapters=adapters, pdl=self._pdl)
         down, gate_up = layer.mlp.down, layer.mlp.gate_up(normed, adapters)
         weight = self._rounding(down, gate_up, adapters)
-        return down.partial(silu_mul(gate_up) if weight is None else silu_mul_rounded(gate_up, weight.group), adapters)
+        act = silu_mul(gate_up, pdl=self._pdl) if weight is None else silu_mul_rounded(gate_up, weight.group, pdl=self._pdl)
+        return down.partial(act, adapters)
 
     def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor, weight: Reduced | None) -> Tensor | Rounded:
         """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that, rounded for `weight` if given."""
@@ -182,8 +182,8 @@ class FusedDecoder:
             return sum_add_rms_norm(peers, part, hidden, norm, self._eps)
         part = self._comm.all_reduce(part)
         if weight is not None:
-            return rounded_norm(hidden, norm, self._eps, weight.group, part)
-        return add_rms_norm(hidden, part, norm, self._eps)
+            return rounded_norm(hidden, norm, self._eps, weight.group, part, pdl=self._pdl)
+        return add_rms_norm(hidden, part, norm, self._eps, pdl=self._pdl)
 
     def _rounding(self, linear: Linear | None, x: Tensor, adapters: DeviceRows | None) -> Reduced | None:
         """The weight by which as many tokens as x has are multiplied rounded; None: they are not, or adapters read them."""
@@ -222,7 +222,7 @@ class FusedDecoder:
         config = self._choose(linear, len(hidden), hidden.dtype, swiglu)
         if config is None:
             product = linear(ready if isinstance(ready, Tensor) else rms_norm(hidden, norm, self._eps, pdl=self._pdl))
-            return silu_mul(product) if swiglu else product
+            return silu_mul(product, pdl=self._pdl) if swiglu else product
         if ready is not None:
             return self._product(ready, linear, config, swiglu=swiglu)
         return self._product(hidden, linear, config, norm_weight=norm, eps=self._eps, swiglu=swiglu)
@@ -230,12 +230,16 @@ class FusedDecoder:
     def _add(
         self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor | None = None, following: Linear | None = None,
         swiglu: bool = False,
-    ) -> Prenormed | None:  # fmt: skip
+    ) -> Ready | None:  # fmt: skip
         """Adds the product of x [tokens, its width] to hidden [tokens, hidden]. norm, following: of the product behind it, and
-        whether through SwiGLU: the norm is left to that one where both can do so."""
+        whether through SwiGLU: the norm is left to that one where both can do so, or comes with the sum, where that is a
+        launch of its own."""
         config = self._choose(linear, len(x), x.dtype)
         if config is None:
-            hidden += linear(x)
+            part = linear(x)
+            if norm is not None:
+                return add_rms_norm(hidden, part, norm, self._eps, pdl=self._pdl)
+            hidden += part
             return None
         left = None
         if following is not None and config.tiled and x.dtype != torch.float16:  # which might overflow before it is scaled

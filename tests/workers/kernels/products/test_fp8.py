@@ -1,7 +1,5 @@
 """Products of FP8 with FP8, against float64 over the numbers that both operands stand for."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,13 +81,17 @@ def test_programs_count_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "swiglu", "parts"),
-    [(6144, 4096, False, 2), (4096, 4096, False, 4), (12288, 4096, True, 1), (4096, 12288, False, 4), (1024, 3072, False, 4)],
+    ("n", "k", "swiglu"),
+    [(6144, 4096, False), (4096, 4096, False), (12288, 4096, True), (4096, 12288, False), (1024, 3072, False)],
 )
-def test_programs_fill_the_device_and_have_enough_to_add_up(n: int, k: int, swiglu: bool, parts: int) -> None:
+def test_programs_fill_the_device_and_have_enough_to_add_up(n: int, k: int, swiglu: bool) -> None:
     for tokens in (5, 32, 33, MAX_TOKENS):
-        expected = replace(CONFIGS["all of K at once"], stages=3 if swiglu and tokens > 32 else 5, parts=parts)
-        assert choose(n, k, tokens, torch.bfloat16, swiglu, 8) == expected
+        config = choose(n, k, tokens, torch.bfloat16, swiglu, 8)
+        assert config is not None
+        assert config.rounded
+        assert config.columns == 128, "tensor cores add up no more with enough precision"
+        assert 60 < config.blocks(n) * config.parts <= 256
+        assert k // config.parts >= 512
     for dtype in (torch.float16, torch.float32):
         config = choose(n, k, 8, dtype, swiglu, 8)
         assert config is None or not config.rounded
