@@ -123,10 +123,8 @@ def _fits(product: Product, tokens: int, tile: Tiling) -> bool:
     if product.k % (tile.columns * tile.parts) or -(-product.n // tile.rows) * tile.parts not in PROGRAMS:
         return False
     turns = product.k // tile.columns // tile.parts
-    weight = 2 * tile.rows * tile.columns * (2 if product.swiglu else 1)
-    x = 2 * max(LEAST_TILE_TOKENS, tokens) * tile.columns
-    shared = tile.stages * weight + (tile.stages - (0 if product.norm else 1)) * x
-    ahead = min(tile.stages - 1, turns) * weight
+    shared = tile.stages * tile.stage_bytes(min(tile.tokens, max(LEAST_TILE_TOKENS, tokens)), 16, product.swiglu)
+    ahead = min(tile.stages - 1, turns) * tile.stage_bytes(0, 16, product.swiglu)
     wide = tile.rows * tile.columns >= 8192  # enough for eight warps
     return tile.stages <= turns + 1 and shared <= SHARED_BYTES and (
         ahead >= AHEAD_BYTES or tile.stages == turns + 1) and (tile.warps == 4 or wide)  # fmt: skip
