@@ -42,8 +42,8 @@ def start_local(
     resolved = resolve(config, device, own_threads(config))
     if config.log_decisions:
         why.show()
-    make = ProcessGroups if device == "cuda" else ThreadGroups
-    engine = LocalEngine(config, resolved, make(config, resolved), on_deltas, on_failure, bounds)
+    groups = ProcessGroups(config, resolved, config.hung_after_s) if device == "cuda" else ThreadGroups(config, resolved)
+    engine = LocalEngine(config, resolved, groups, on_deltas, on_failure, bounds)
     try:
         engine.start(progress)
     except BaseException:

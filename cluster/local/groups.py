@@ -17,6 +17,7 @@ from scheduler.protocol.leaders import Command, End, FromLeader
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.adapters import GatheredReads
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
 from workers.model.sources.files import Need
 from workers.model.sources.find import find_checkpoint
@@ -208,7 +209,11 @@ class _GroupStart:
     def _lead(self, built: Built) -> str:
         resolved = self._groups.resolved
         reporter = Reporter(EPOCH, resolved.report_steps, hold_s=resolved.report_hold_s, expert_load=built.expert_load)
-        return lead(built.rank, self._link, self._feed, reporter, self._reads if built.rank.adapters is not None else None)
+        heart = Heart(EPOCH, self._link.send, built.rank.pulse)
+        try:
+            return lead(built.rank, self._link, self._feed, reporter, self._reads if built.rank.adapters is not None else None)
+        finally:
+            heart.close()
 
     def _fail(self, number: int, error: BaseException) -> None:
         """The first error is the cause; what the other ranks see afterwards is its consequence."""

@@ -3,10 +3,12 @@
     this process: front end, scheduler core  ──commands──▶  child: `groups.ThreadGroups`, one thread a rank
                                              ◀──reports──
 One socket pair joins them. When either end has gone the other notices at once: the child ends itself, the parent says that
-its groups are lost. Imports `groups` and `scheduler.protocol.wire`; no Ray.
+its groups are lost. A child of which a group hangs, by its beats, is killed: nobody waits for it for ever, and the device is
+free. Imports `groups`, `scheduler.protocol.wire` and the scheduler's `vitals`; no Ray.
 """
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
@@ -14,19 +16,24 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from cluster.engine import EngineError
-from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
+from cluster.local.groups import CLOSE_TIMEOUT_S, EPOCH, GroupHost, ThreadGroups
 from kvcache.ids import GroupId
 from kvcache.layout import PoolSizes
 from scheduler.logs import configure, configured_format
-from scheduler.protocol.leaders import Command, FromLeader
+from scheduler.protocol.leaders import Beat, Command, FromLeader
+from scheduler.protocol.silence import LOOK_S
 from scheduler.protocol.wire import FrameSocket
+from scheduler.server.vitals import Vitals
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.process.build import settle
+
+logger = logging.getLogger(__name__)
 
 
 class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -78,9 +85,9 @@ CODE = "import sys; sys.path[:] = {path!r}; from cluster.local.process import ma
 
 
 class ProcessGroups:
-    """`ThreadGroups` behind a socket, in a child that ends with this process."""
+    """`ThreadGroups` behind a socket, in a child that ends with this process. hung_after_s: see `CoreConfig`."""
 
-    def __init__(self, config: WorkerConfig, resolved: ResolvedWorker) -> None:
+    def __init__(self, config: WorkerConfig, resolved: ResolvedWorker, hung_after_s: float) -> None:
         self._asked = pickle.dumps((config, resolved, configured_format()))
         self._model = config.model
         self._groups = [GroupId(number) for number in range(config.groups)]
@@ -89,7 +96,9 @@ class ProcessGroups:
         self._host: GroupHost | None = None
         self._started = threading.Event()
         self._error: BaseException | None = None
-        self._closing = False
+        self._closing = threading.Event()
+        self._vitals = Vitals(time.monotonic(), hung_after_s)
+        self._reason = "the process of the local groups has ended"
         self._progress: Callable[[str], None] = lambda _: None
 
     def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:
@@ -101,6 +110,7 @@ class ProcessGroups:
         self._socket = FrameSocket(ours)
         self._socket.send(self._asked)
         threading.Thread(target=self._read, name="manta-local-groups", daemon=True).start()
+        threading.Thread(target=self._watch, name="manta-local-watch", daemon=True).start()
         self._started.wait()
         if self._error is not None:
             raise self._error
@@ -111,7 +121,7 @@ class ProcessGroups:
             self._socket.send(GroupCommands(group, tuple(commands)))
 
     def close(self) -> None:
-        self._closing = True
+        self._closing.set()
         if self._child is None or self._socket is None:
             return
         try:
@@ -128,21 +138,35 @@ class ProcessGroups:
         message: FromChild
         for message in self._socket.messages(FromChild):  # type: ignore[arg-type]  # a union is not a type to mypy
             self._handle(self._host, message)
-        reason = "the process of the local groups has ended"
         if not self._started.is_set():
-            self._error = EngineError(f"{reason} while it was loading {self._model}; its messages stand above")
+            self._error = EngineError(f"{self._reason} while it was loading {self._model}; its messages stand above")
             self._started.set()
-        elif not self._closing:
+        elif not self._closing.is_set():
+            self._closing.set()
             for group in self._groups:
-                self._host.group_lost(group, reason)
+                self._host.group_lost(group, self._reason)
+
+    def _watch(self) -> None:
+        """Kills the child if one of its groups hangs, which is then said by whoever reads: a command to a child that has been
+        stopped may be waiting for room, with the engine's lock held, and nothing else would end that."""
+        assert self._child is not None
+        while not self._closing.wait(LOOK_S):
+            for hung in self._vitals.look(time.monotonic()):
+                logger.error("%s; the process of the local groups is ended", hung.reason)
+                self._reason = f"the process of the local groups was ended: {hung.reason}"
+                self._child.kill()
+                return
 
     def _handle(self, host: GroupHost, message: FromChild) -> None:
         match message:
             case GroupSays(group, said):
+                self._vitals.heard(group, EPOCH, time.monotonic(), said if isinstance(said, Beat) else None)
                 host.hear(group, said)
             case GroupUp(group, sizes, host_sizes, ports):
+                self._vitals.up(group, EPOCH, time.monotonic())
                 host.group_up(group, sizes, host_sizes, ports)
             case GroupLost(group, reason):
+                self._vitals.gone(group)
                 host.group_lost(group, reason)
             case Doing(what):
                 self._progress(what)

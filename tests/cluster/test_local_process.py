@@ -3,14 +3,25 @@
 import os
 import signal
 from pathlib import Path
+from threading import Timer
+from unittest.mock import MagicMock
 
 import pytest
 
 import cluster.local.engine
+from cluster.config import EngineConfig
+from cluster.engine import EngineError
 from cluster.local.engine import LocalEngine
-from cluster.local.process import ProcessGroups
+from cluster.local.groups import EPOCH
+from cluster.local.process import GroupSays, GroupUp, ProcessGroups
+from cluster.resolve import resolve
 from deploy import LLM, SamplingParams
-from deploy.config.load import ConfigError
+from deploy.config.load import EMBEDDED_MODEL, ConfigError
+from deploy.frontend.outputs import GenerationError
+from kvcache.ids import GroupId
+from kvcache.layout import PoolSizes
+from scheduler.protocol.leaders import Beat
+from workers.config import ResolvedWorker
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], list(range(40, 140))]
 PARAMS = [SamplingParams(max_tokens=12, temperature=0.8, seed=number, ignore_eos=True) for number in range(3)]
@@ -18,7 +29,11 @@ PARAMS = [SamplingParams(max_tokens=12, temperature=0.8, seed=number, ignore_eos
 
 @pytest.fixture
 def in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.local.engine, "ThreadGroups", ProcessGroups)
+    monkeypatch.setattr(cluster.local.engine, "ThreadGroups", as_on_a_gpu)
+
+
+def as_on_a_gpu(config: EngineConfig, resolved: ResolvedWorker) -> ProcessGroups:
+    return ProcessGroups(config, resolved, config.hung_after_s)
 
 
 def outputs() -> list[tuple[int, ...]]:
@@ -37,7 +52,7 @@ def child_of(llm: LLM) -> int:
 
 def test_the_same_tokens_as_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     as_threads = outputs()
-    monkeypatch.setattr(cluster.local.engine, "ThreadGroups", ProcessGroups)
+    monkeypatch.setattr(cluster.local.engine, "ThreadGroups", as_on_a_gpu)
     assert outputs() == as_threads
 
 
@@ -49,6 +64,34 @@ def test_what_the_ranks_cannot_do_is_said_as_they_say_it(tmp_path: Path) -> None
     )
     with pytest.raises(ConfigError, match="safetensors"):
         LLM(str(tmp_path), local=True, threads=1)
+
+
+@pytest.mark.usefixtures("in_a_process")
+def test_a_process_that_is_stopped_is_ended_and_so_is_what_is_under_way() -> None:
+    with LLM(local=True, block_size=16, threads=1, kv_memory="64MiB", hung_after_s=2) as llm:
+        stream = llm.iterate([[1, 2, 3]], SamplingParams(max_tokens=2000, ignore_eos=True))
+        next(iter(stream))
+        os.kill(child_of(llm), signal.SIGSTOP)
+        *_, (_, last) = stream
+        assert last.error is not None
+        assert "was ended: group 0 hangs: its leader has said nothing" in last.error
+        with pytest.raises((EngineError, GenerationError), match="hangs"):
+            llm.generate([[1]], progress=False)
+
+
+@pytest.mark.parametrize(("beat", "ended"), [(Beat(EPOCH, 6.0, 300.0, 0, 0.0), False), (Beat(EPOCH, 6.0, 5.0, 0, 0.0), True)])
+def test_a_step_that_takes_longer_than_such_a_step_takes(beat: Beat, ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the process says meanwhile. A first step compiles, and has its time."""
+    config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, hung_after_s=4.0)
+    groups, child, host = as_on_a_gpu(config, resolve(config, "cpu", 1)), MagicMock(), MagicMock()
+    monkeypatch.setattr(groups, "_child", child)
+    child.kill.side_effect = groups._closing.set
+    groups._handle(host, GroupUp(GroupId(0), PoolSizes(8), PoolSizes(0), ()))
+    groups._handle(host, GroupSays(GroupId(0), beat))
+    Timer(1.0, groups._closing.set).start()
+    groups._watch()
+    assert child.kill.called is ended
+    assert ("group 0 hangs: a step has not ended after 6.0 s" in groups._reason) is ended
 
 
 @pytest.mark.usefixtures("in_a_process")
