@@ -112,6 +112,6 @@ def test_what_answers_instead_is_told(endpoint: ServeConfig, model: str, port: i
 
 
 def test_whoever_is_let_in_by_a_reserved_port_is_answered_at_once() -> None:
-    """asyncio sets TCP_NODELAY only where a socket says that it is TCP's: each answer took 40 ms more, till the client's ACK."""
+    """asyncio sets TCP_NODELAY only where a socket says that it is TCP's; each answer took 40 ms, till the client's ACK."""
     with reserve(HOST, 0, "for HTTP", "") as bound:
         assert bound.proto == socket.IPPROTO_TCP
