@@ -123,7 +123,7 @@ class PlainParser(httptools.HttpRequestParser):
         super().__init__(protocol)
         self._protocol = protocol
 
-    def feed_data(self, data: bytes | bytearray | memoryview[int] | array[int]) -> None:
+    def feed_data(self, data: "bytes | bytearray | memoryview[int] | array[int]") -> None:
         try:
             super().feed_data(data)
         except httptools.HttpParserUpgrade as offered:
