@@ -23,7 +23,7 @@ class HttpServer(uvicorn.Server):
         """tell: called with the first signal, on the event loop."""
         super().__init__(
             uvicorn.Config(
-                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
+                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_config=None, log_level="warning",
                 access_log=False, timeout_graceful_shutdown=CUT_OFF_S,
             )
         )  # fmt: skip
