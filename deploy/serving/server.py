@@ -23,8 +23,8 @@ class HttpServer(uvicorn.Server):
         """tell: called with the first signal, on the event loop."""
         super().__init__(
             uvicorn.Config(
-                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_config=None, log_level="warning",
-                access_log=False, timeout_graceful_shutdown=CUT_OFF_S,
+                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
+                log_config=None, access_log=False, timeout_graceful_shutdown=CUT_OFF_S,
             )
         )  # fmt: skip
         self.received: int | None = None
