@@ -127,7 +127,8 @@ def divide(
     decodes, and at most. Both kinds run out together where sequences are of middle length, the geometric mean of the longest
     (for which there is room with as many of both) and of one that holds as many of both, and half of them are prompts. Narrow
     blocks are one sequence's at least, and never more than the others, beside each of which one stands. What the others cannot
-    use is theirs, too. Where memory is short there are as many of both.
+    use is theirs, too. Where memory is short there are as many of both. The longest sequence has room where that takes no more
+    than half of the narrow blocks away.
     Raises ValueError where not even one of both fits.
     """
     both = memory_bytes // (block_bytes + narrow_bytes)
@@ -139,5 +140,8 @@ def divide(
     longest_here, most = min(longest, both), min(longest, both, at_once)
     beside = (min(at_rest, most) + most) / 2 / math.sqrt(longest_here * most)  # narrow blocks for each of the others
     narrow = min(both, max(most, round(beside * memory_bytes / (block_bytes + beside * narrow_bytes))))
+    beside_longest = (memory_bytes - longest * block_bytes) // narrow_bytes
+    if beside_longest >= max(most, narrow / 2):
+        narrow = min(narrow, beside_longest)
     blocks = min((memory_bytes - narrow * narrow_bytes) // block_bytes, rows * longest)
     return PoolSizes(blocks, min(blocks, (memory_bytes - blocks * block_bytes) // narrow_bytes))

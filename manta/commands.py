@@ -5,6 +5,7 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -28,8 +29,19 @@ app.add_typer(models, name="models")
 app.command("replay", cls=OldSpellings)(replay)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        commands.version()
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.", show_default=False)
+]
+
+
 @app.callback()
-def manta() -> None:
+def manta(version: Version = False) -> None:
     """Manta serves large language models on a Ray cluster, with one owner of every KV block."""
 
 

@@ -191,7 +191,7 @@ class Fleet:
         with self._lock:
             if group not in self._keepers:
                 there = ", ".join(map(str, sorted(self._keepers)))
-                raise ValueError(f"there is no group {group}: there are {there or 'none'}")
+                raise ValueError(f"there is no group {group}: its groups are {there or 'none'}")
             if group in self._leaving:
                 raise ValueError(f"group {group} is running empty already")
         if not self.scheduler.call("drain", group, replace):

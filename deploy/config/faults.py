@@ -5,10 +5,10 @@ The one place that takes its messages apart: the path, and which field is unknow
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from msgspec import ValidationError
+from msgspec import ValidationError, inspect
 
 OTHER_NAMES = {
     "page_size": "block_size",
@@ -41,6 +41,7 @@ ALIKE, SLIP, SHORT_SLIP, SHORT = 0.75, 0.8, 0.6, 4
 those of up to so many letters less. Names that share most of their letters may mean different things: `load_format` and
 `log_format`, `pipeline_parallel_size` and `tensor_parallel_size`."""
 
+_NAME = re.compile(r"[^.\[\]]+")
 _JOINT = re.compile(r"[^a-z0-9]+")
 _MESSAGE = re.compile(
     r"(?P<said>Object (?:contains|missing) (?P<kind>unknown|required) field `(?P<field>(?s:.*?))`|(?s:.*?))"
@@ -67,6 +68,13 @@ class FieldFault(NamedTuple):
             case _:
                 return f"{self.path or 'the body'}: {self.said[:1].lower()}{self.said[1:]}".replace("`", "")
 
+    def with_choices(self, kind: type) -> "FieldFault":
+        """Of a record of this kind: where the field has a few values alone, they are told."""
+        if not self.said.startswith("Invalid enum value"):
+            return self
+        choices = _choices(inspect.type_info(kind), _NAME.findall(self.path))
+        return self._replace(said=f"{self.said}: use one of {', '.join(choices)}")
+
 
 def where(error: ValidationError) -> FieldFault:
     match = _MESSAGE.fullmatch(str(error))
@@ -84,6 +92,24 @@ def meant(name: str, known: Collection[str]) -> str | None:
         return None
     close = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=ALIKE)
     return next((other for other in close if _is_slip(name, other)), None)
+
+
+def _choices(info: inspect.Type, path: list[str]) -> Iterator[str]:
+    """path: names of fields and indices of lists."""
+    match info:
+        case inspect.Metadata(type=inner):
+            yield from _choices(inner, path)
+        case inspect.UnionType(types=types):
+            for each in types:
+                yield from _choices(each, path)
+        case inspect.LiteralType(values=values) if not path:
+            yield from (repr(value) for value in values)
+        case inspect.ListType(item_type=item) if path:
+            yield from _choices(item, path[1:])
+        case inspect.StructType(fields=fields) if path:
+            for field in fields:
+                if field.encode_name == path[0]:
+                    yield from _choices(field.type, path[1:])
 
 
 def _is_slip(name: str, other: str) -> bool:

@@ -8,12 +8,14 @@ Imports uvicorn, grpc and the door's errors.
 """
 
 import asyncio
+from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import httptools
 from starlette.middleware import Middleware
 from uvicorn import config as uvicorn_config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -37,6 +39,11 @@ class BoundedProtocol(HttpToolsProtocol):
     _late: asyncio.TimerHandle | None = None
     _address: str | None = None  # while it is counted
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.parser = PlainParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._address, most = self.client[0] if self.client else "", self.bounds.max_connections
@@ -51,8 +58,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_headers()
 
     def on_headers_complete(self) -> None:
+        if self.declines():
+            return
         self._cancel()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.declines():
+            super().on_message_complete()
+
+    def declines(self) -> bool:
+        """Whether the request that is being read offers a protocol that is not spoken here."""
+        return self.parser.should_upgrade() and not self._should_upgrade()
+
+    def head_again(self) -> bytes:
+        """Of the request that has just been read, without the offer."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
+        return b"\r\n".join([*lines, b"", b""])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()
@@ -89,6 +112,26 @@ class BoundedProtocol(HttpToolsProtocol):
         head = b"HTTP/1.1 %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(text)) + text)
         self.transport.close()
+
+
+class PlainParser(httptools.HttpRequestParser):
+    """Reads the body behind an offer of another protocol, as Java's clients and `curl --http2` make it with every first request
+    (`Upgrade: h2c`): httptools takes the body for that protocol's, and uvicorn drops it. Who offers has to be content with
+    HTTP/1.1, so the request is read again as one without the offer."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+
+    def feed_data(self, data: "bytes | bytearray | memoryview[int] | array[int]") -> None:
+        try:
+            super().feed_data(data)
+        except httptools.HttpParserUpgrade as offered:
+            if self.get_method() == b"CONNECT":  # not an offer: this is no proxy
+                raise httptools.HttpParserError("CONNECT") from None
+            if not self._protocol.declines():
+                raise
+            self.feed_data(self._protocol.head_again() + bytes(data[offered.args[0] :]))
 
 
 def bounded_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:

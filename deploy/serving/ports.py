@@ -23,8 +23,8 @@ def reserve(host: str, port: int, what: str, cure: str) -> socket.socket:
     what: the port's use, cure: how to choose another. Errors: ConfigError if the port is taken or the host is not ours.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)  # asyncio sends at once (TCP_NODELAY) only where TCP is named
     except OSError as error:
         raise ConfigError(f"host={host!r} is no address of this machine: {error}") from error
     try:

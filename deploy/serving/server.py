@@ -24,7 +24,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
-                access_log=False, timeout_graceful_shutdown=CUT_OFF_S,
+                log_config=None, access_log=False, timeout_graceful_shutdown=CUT_OFF_S,
             )
         )  # fmt: skip
         self.received: int | None = None

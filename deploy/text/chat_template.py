@@ -56,8 +56,8 @@ class ChatTemplate:
         kwargs = kwargs or {}
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError("this checkpoint has no chat template: give the prompt as text or as token ids")
-        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys() & kwargs.keys()
-        if taken:
+        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys() | {"messages"}
+        if taken := taken & kwargs.keys():
             raise ValueError(f"chat_template_kwargs: {min(taken)} is no variable of a template: leave it out")
         if tools and not self._shows_tools:
             raise ValueError(

@@ -139,7 +139,9 @@ def _text(content: str | list[ContentPart], path: str) -> str:
     if isinstance(content, str):
         return content
     for position, part in enumerate(content):
-        if part.type != "text" or part.text is None:
-            where = f"{path}.content[{position}]"
+        where = f"{path}.content[{position}]"
+        if part.type != "text":
             raise PromptError(f"{where} is of type {part.type[:80]!r}: models served here read text parts only", where)
+        if part.text is None:
+            raise PromptError(f"{where} is of type 'text' and has no text: give it one", where)
     return "".join(part.text or "" for part in content)

@@ -40,5 +40,7 @@ def surrogate(error: UnicodeEncodeError) -> str:
 
 def json_fault(content: bytes, error: ValueError) -> str:
     """Why msgspec takes no JSON from `content`: halves of surrogate pairs look to it like the end of a text."""
+    if not content:
+        return "it is empty"
     half = _HALF.search(content)
     return f"{half[0].decode(errors='replace')} is half of a surrogate pair: write the whole pair" if half else str(error)

@@ -161,7 +161,7 @@ class PromptParser:
         try:
             return encode_within(text, most, encode, lambda: tokenizer.longest_token_bytes)
         except TextTooLong as error:
-            raise PromptTooLong(f"{context_length(most)}, and the prompt {error}: shorten it to {most - 1} or fewer") from None
+            raise PromptTooLong(f"{context_length(most)}, and the prompt {error}: shorten it to {most - 1} tokens") from None
         except ValueError as error:
             raise PromptError(str(error)) from error
 

@@ -93,7 +93,7 @@ class Gatekeeper:
         return Caller(scope["state"]["request_id"], traceparent, account, best_priority, operator=operator)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """What it returns raises RequestError for a body that is too large or too late."""
+        """What it returns raises RequestError for a body that is too large, too late, or left by its client."""
         timeout_s = self._config.receive_timeout_s
         due_s, size, whole = asyncio.get_running_loop().time() + timeout_s, 0, False
 
@@ -106,6 +106,8 @@ class Gatekeeper:
                     message = await receive()
             except TimeoutError:
                 raise too_slow("body", timeout_s) from None
+            if message["type"] == "http.disconnect":
+                raise RequestError(Fault.CANCELLED, "the client went away before its body had arrived")
             size += len(message.get("body", b""))
             self._check_size(size)
             whole = not message.get("more_body", False)

@@ -25,6 +25,9 @@ async def read_request(request: Request, kind: type[R], config: ServeConfig) -> 
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, f"the body is {media_type or 'of no type'}: send JSON, as `Content-Type: application/json`")
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise HTTPException(415, f"the body is encoded as {encoding}: send it as it is, without Content-Encoding")
     request.state.warnings = Warnings()
     return read(await request.body(), kind, request.state.warnings, strict=config.strict_fields)
 

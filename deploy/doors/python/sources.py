@@ -194,7 +194,7 @@ def _conversation(source: Mapping[str, Any]) -> Conversation:
     try:
         talk = msgspec.convert({**source, "messages": list(map(_as_sent, messages))}, _Talk)
     except msgspec.ValidationError as error:
-        fault = where(error)
+        fault = where(error).with_choices(_Talk)
         raise PromptError(fault.words(()), fault.path) from None
     except UnicodeEncodeError as error:
         raise PromptError(f"messages: {surrogate(error)}") from None

@@ -329,3 +329,4 @@ def test_help_says_units_and_defaults() -> None:
     ):
         assert words in result.stdout
     assert CliRunner().invoke(app, ["version"]).exit_code == 0
+    assert CliRunner().invoke(app, ["--version"]).stdout == CliRunner().invoke(app, ["version"]).stdout != ""

@@ -178,7 +178,7 @@ def test_a_group_is_drained_by_command_beside_requests(application: Application)
     load.start()
     refused = drain(application, 0)
     assert (refused.returncode, "the last that takes requests" in refused.stderr) == (2, True), refused.stderr
-    assert "there is no group 5: there are 0" in drain(application, 5).stderr
+    assert "there is no group 5: its groups are 0" in drain(application, 5).stderr
     anew = drain(application, 0, "--replace")
     assert (anew.returncode, anew.stdout) == (0, "group 0 runs empty\ngroup 0 serves again\n"), anew.stderr
     (second,) = all_named(WORKER, 1)

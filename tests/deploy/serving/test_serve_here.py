@@ -12,6 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+
+from deploy.config.serve import ServeConfig
+from deploy.serving.server import HttpServer
 
 PATIENCE_S = 300.0
 
@@ -56,6 +60,11 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
 
 
 @pytest.mark.slow
+def test_what_uvicorn_logs_is_written_as_everything_else() -> None:
+    """With --log-format json as well; it had a format of its own."""
+    assert HttpServer(FastAPI(), ServeConfig(), lambda: None).config.log_config is None
+
+
 def test_its_queue_is_bounded(tmp_path: Path) -> None:
     log = tmp_path / "log"
     long = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}

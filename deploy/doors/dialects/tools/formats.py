@@ -50,21 +50,26 @@ def grammar_of(
     guided_choice: Sequence[str] | None = None,
     guided_json: str | Mapping[str, Any] | None = None,
     guided_grammar: str | None = None,
+    structured_outputs: Mapping[str, Any] | None = None,
     warnings: Warnings | None = None,
 ) -> Grammar | None:
-    """The grammar that a request asks for; None where any text will do. guided_grammar: in llguidance's Lark. warnings: are
-    told what of a schema is not enforced; without them, as with its own `strict`, all of it must be.
+    """The grammar that a request asks for; None where any text will do. guided_grammar: in llguidance's Lark.
+    structured_outputs: one of the same four, or any object. warnings: are told what of a schema is not enforced; without them,
+    as with its own `strict`, all of it must be.
 
     Errors: RequestError, INVALID or TOO_LARGE, with the field's name.
     """
-    asked = {
-        "response_format": _response_grammar(response_format, warnings),
-        "guided_regex": None if guided_regex is None else Grammar("regex", guided_regex),
-        "guided_choice": None if guided_choice is None else _choice_grammar(guided_choice),
-        "guided_json": None if guided_json is None else schema_grammar(guided_json, "guided_json", warnings),
-        "guided_grammar": None if guided_grammar is None else _lark_grammar(guided_grammar),
-    }
+    guides = {
+        "guided_regex": guided_regex, "guided_choice": guided_choice, "guided_json": guided_json,
+        "guided_grammar": guided_grammar,
+        **{f"structured_outputs.{name}": value for name, value in (structured_outputs or {}).items()},
+    }  # fmt: skip
+    asked = {"response_format": _response_grammar(response_format, warnings)}
+    asked |= {name: _guided(name, value, warnings) for name, value in guides.items() if value is not None}
     given = {name: grammar for name, grammar in asked.items() if grammar is not None}
+    if structured_outputs is not None and not any(name in given for name in guides if "." in name):
+        said = "structured_outputs asks for nothing: give one of json, regex, choice, grammar, json_object"
+        raise RequestError.invalid(said, "structured_outputs")
     if len(given) > 1:
         raise RequestError.invalid(f"{' and '.join(given)} exclude each other: give one of them", [*given][1])
     for name, grammar in given.items():
@@ -154,25 +159,38 @@ def _response_grammar(response_format: Mapping[str, Any] | None, warnings: Warni
     )
 
 
-def _choice_grammar(choices: Sequence[str]) -> Grammar:
+def _guided(name: str, value: Any, warnings: Warnings | None) -> Grammar | None:
+    """name: the field's, whose last word says what it holds. Errors: RequestError."""
+    match re.split("[_.]", name)[-1]:
+        case "regex":
+            return Grammar("regex", value)
+        case "choice":
+            return _choice_grammar(value, name)
+        case "json":
+            return schema_grammar(value, name, warnings)
+        case "grammar":
+            return _lark_grammar(value, name)
+    return schema_grammar(ANY_OBJECT, name) if value else None  # json_object
+
+
+def _choice_grammar(choices: Sequence[str], param: str) -> Grammar:
     """One of a few texts, as a regular expression: no text can break out of an escaped one."""
     if not choices or not all(choices):
-        raise RequestError.invalid("guided_choice must be a list of texts that are not empty", "guided_choice")
+        raise RequestError.invalid(f"{param} must be a list of texts that are not empty", param)
     return Grammar("regex", "|".join(map(re.escape, choices)))
 
 
-def _lark_grammar(text: str) -> Grammar:
+def _lark_grammar(text: str, param: str) -> Grammar:
     """A level of a Lark grammar takes a line, a bracket or an operator at least."""
     names = sum(1 for _ in NAME.finditer(text))
     if names > MAX_NAMES:
         raise RequestError.invalid(
-            f"guided_grammar has {names} names and literals, and {MAX_NAMES} are allowed: make it smaller", "guided_grammar"
+            f"{param} has {names} names and literals, and {MAX_NAMES} are allowed: make it smaller", param
         )
     levels = text.count("\n") + sum(map(text.count, "([{"))
     if levels > MAX_LARK_LEVELS:
         raise RequestError.invalid(
-            f"guided_grammar has {levels} lines and brackets, and {MAX_LARK_LEVELS} are allowed: make it smaller",
-            "guided_grammar",
+            f"{param} has {levels} lines and brackets, and {MAX_LARK_LEVELS} are allowed: make it smaller", param
         )
     return Grammar("lark", text)
 

@@ -3,7 +3,6 @@
 Imports the schemas and the engine's records; no HTTP.
 """
 
-from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -27,7 +26,7 @@ AS_THEY_ARE = (
 )  # fmt: skip
 """Fields that mean the same in a request and in `SamplingParams`."""
 
-FORMAT_FIELDS = ("response_format", "guided_regex", "guided_choice", "guided_json", "guided_grammar")
+FORMAT_FIELDS = ("response_format", "guided_regex", "guided_choice", "guided_json", "guided_grammar", "structured_outputs")
 
 SEEDS = 2**63
 
@@ -65,10 +64,10 @@ def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -
     check_numbers(config, request.n or 1, stops, len(request.logit_bias or ()))
 
 
-def check_refused(request: SampledRequest | PoolingRequest, nothing: Sequence[Any] = (None, "")) -> None:
-    """nothing: values that ask for nothing. Errors: RequestError."""
+def check_refused(request: SampledRequest | PoolingRequest) -> None:
+    """A field that asks for nothing may be there. Errors: RequestError."""
     for name, reason in request.REFUSED.items():
-        if getattr(request, name) not in nothing:
+        if getattr(request, name) not in (None, "", False):
             raise RequestError.invalid(f"{name} is not supported: {reason}", name)
 
 
@@ -141,8 +140,11 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
 
 
 def format_asked(request: GenerationRequest, warnings: Warnings) -> tuple[Grammar | None, str]:
-    """The grammar of `response_format` or of one of the `guided_` fields, and that field's name. Errors: RequestError."""
+    """The grammar of `response_format`, `structured_outputs` or one of the `guided_` fields, and that field's name. Errors:
+    RequestError."""
     asked = {name: value for name in FORMAT_FIELDS if (value := getattr(request, name)) is not None}
+    if request.structured_outputs is not None:
+        asked["structured_outputs"] = msgspec.structs.asdict(request.structured_outputs)
     return (grammar_of(**asked, warnings=warnings), next(iter(asked))) if asked else (None, "")
 
 
@@ -150,4 +152,5 @@ def _refusal(fault: FieldFault, kind: type[msgspec.Struct]) -> RequestError:
     if fault.kind == "unknown":
         fault = fault._replace(path=shortened(fault.path))
     code = {"unknown": "unknown_parameter", "required": "missing_required_parameter"}.get(fault.kind or "")
-    return RequestError(Fault.INVALID, fault.words(kind.__struct_fields__), param=fault.path or None, code=code)
+    said = fault.with_choices(kind).words(kind.__struct_fields__)
+    return RequestError(Fault.INVALID, said, param=fault.path or None, code=code)

@@ -28,11 +28,27 @@ class StreamOptions(Record, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
+class StructuredOutputs(Record, frozen=True, kw_only=True):
+    """What vLLM's `guided_` fields have become: one of these. grammar: as `guided_grammar`. json_object: any object."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class SampledRequest(Record, frozen=True, kw_only=True):
     """What all requests for text have in common, and call the same. `REFUSED` and `IGNORED` say why a known field is not for
     this server."""
 
-    REFUSED: ClassVar[dict[str, str]] = {}
+    REFUSED: ClassVar[dict[str, str]] = {
+        "allowed_token_ids": "say what the output may be in structured_outputs",
+        "bad_words": "keep single tokens out with logit_bias",
+        "include_stop_str_in_output": "add it yourself: stop_reason says which it was",
+        "truncate_prompt_tokens": "what is cut off would be missing from the answer: shorten the prompt",
+        "use_beam_search": "outputs are sampled: leave it out, or ask for several with n",
+    }
     IGNORED: ClassVar[frozenset[str]] = frozenset()
 
     model: str | None = None
@@ -58,6 +74,13 @@ class SampledRequest(Record, frozen=True, kw_only=True):
     guided_choice: list[str] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # vLLM's, refused: without them the answer would be another one
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    include_stop_str_in_output: Any = None
+    truncate_prompt_tokens: Any = None
+    use_beam_search: Any = None
     # Manta's
     timeout: Annotated[float, Meta(gt=0.0)] | None = None
 
@@ -75,7 +98,7 @@ class GenerationRequest(SampledRequest, frozen=True, kw_only=True):
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """`/v1/completions`. prompt: text, token ids, or a list of either. max_tokens: 0 for the echo alone."""
 
-    REFUSED: ClassVar[dict[str, str]] = {
+    REFUSED: ClassVar[dict[str, str]] = GenerationRequest.REFUSED | {
         "suffix": "models served here do not fill in the middle: put the whole context into prompt"
     }
 
@@ -90,7 +113,8 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """`/v1/chat/completions`."""
 
-    REFUSED: ClassVar[dict[str, str]] = {
+    REFUSED: ClassVar[dict[str, str]] = GenerationRequest.REFUSED | {
+        "continue_final_message": "the answer is always a message of its own: end with a message of the user's",
         "audio": "models served here answer in text: leave it out",
         "functions": "OpenAI replaced it: use tools",
         "function_call": "OpenAI replaced it: use tool_choice",
@@ -122,6 +146,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     # refused
+    continue_final_message: Any = None
     audio: Any = None
     functions: Any = None
     function_call: Any = None

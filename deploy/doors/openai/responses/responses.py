@@ -71,7 +71,7 @@ class Responses:
     async def begin(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> Begun:
         """Errors: RequestError."""
         check_model(request.model, self._service.model)
-        check_refused(request, (None, "", False))  # background=False asks for nothing
+        check_refused(request)
         items, before = items_of(request), await self._before(request, caller)
         aside = Warnings()
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -77,6 +78,51 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(impatient: str, drip: byt
     assert said.startswith(b"HTTP/1.1 408 ")
     assert b'"type":"timeout_error"' in said
     assert b"body did not arrive within 0.5 s" in said
+
+
+def test_who_goes_away_in_a_body_is_no_fault(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It was a traceback of 40 lines."""
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)
+    try:
+        for _ in range(3):
+            with connected(address) as connection:
+                connection.sendall(HEAD + b'{"model"')
+        assert httpx.get(f"{address}/health", timeout=PATIENCE_S).status_code == 200
+    finally:
+        log.removeHandler(caplog.handler)
+    assert caplog.messages == []
+
+
+OFFER = b"upgrade: h2c\r\nconnection: Upgrade, HTTP2-Settings\r\nhttp2-settings: AAMAAABk\r\n"
+BODY = b'{"tokens": [72, 73]}'
+DETOKENIZE = b"POST /detokenize HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"content-length: 20\r\n\r\n" + BODY,
+        b"transfer-encoding: chunked\r\n\r\n14\r\n%s\r\n0\r\n\r\n" % BODY,
+    ],
+)
+@pytest.mark.parametrize("piece", [1 << 16, 7])
+def test_an_offer_of_another_protocol_changes_nothing(address: str, body: bytes, piece: int) -> None:
+    """As Java's client makes one with every first request; its body was dropped, and the request a 400."""
+    sent = DETOKENIZE + OFFER + body + b"GET /health HTTP/1.1\r\nhost: here\r\n" + OFFER.replace(b"h2c", b"websocket") + b"\r\n"
+    sent += DETOKENIZE + b"connection: close\r\n" + body
+    with connected(address) as connection:
+        for at in range(0, len(sent), piece):
+            connection.sendall(sent[at : at + piece])
+        said = to_the_end(connection)
+    assert said.count(b"HTTP/1.1 200 OK") == 3, said
+    assert said.count(b'{"prompt":') == 2, said
+
+
+def test_to_be_a_proxy_is_no_offer(address: str) -> None:
+    with connected(address) as connection:
+        connection.sendall(b"CONNECT there:443 HTTP/1.1\r\nhost: there\r\n\r\n")
+        assert to_the_end(connection).startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.slow

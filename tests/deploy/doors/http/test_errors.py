@@ -98,7 +98,7 @@ def test_more_output_than_the_model_takes(http: httpx.Client, field: str, stream
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "not valid JSON"),
+        (b"", "it is empty"),
         (b"{", "not valid JSON"),
         (b'{"user": "\xff"}', "not valid JSON"),
         (b'{"user": "\\ud800"}', r"not valid JSON: \ud800 is half of a surrogate pair"),
@@ -168,6 +168,9 @@ def test_a_body_that_is_not_called_json_is_refused(http: httpx.Client) -> None:
         headers = {} if kind is None else {"content-type": kind}
         return http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
 
+    encoded = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = http.post("/v1/completions", content=b"\x1f\x8b", headers=encoded)
+    assert "encoded as gzip" in error_of(answer, 415)["message"]
     for kind in ("text/plain", "application/x-www-form-urlencoded", None):
         error_of(sent_as(kind), 415)
     assert sent_as("application/json; charset=utf-8").status_code == 200

@@ -58,7 +58,7 @@ def test_a_prompt_s_own_sampling_goes_before_that_of_the_call() -> None:
         ({"messages": []}, "at least one entry"),
         ({"messages": [{"content": "x"}]}, "messages[0].role is missing"),
         ({"messages": ["x"]}, "messages[0]: expected object, got str"),
-        ({"messages": [{"role": "usr", "content": "x"}]}, "messages[0].role: invalid enum value 'usr'"),
+        ({"messages": [{"role": "usr", "content": "x"}]}, "messages[0].role: invalid enum value 'usr': use one of 'assist"),
         ({"messages": [{"role": "user", "content": "x", "nme": "y"}]}, "unknown field 'messages[0].nme'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: expected str | array | null, got int"),
         ({"messages": [{"role": "user"}]}, "messages[0] says nothing: give it content"),

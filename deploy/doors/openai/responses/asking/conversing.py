@@ -129,12 +129,14 @@ def _text(content: str | list[ItemPart], path: str) -> str:
         return content
     texts = []
     for position, part in enumerate(content):
-        text = part.refusal if part.type == "refusal" else part.text if part.type in TEXTS else None
-        if text is None:
-            where = f"{path}[{position}]"
+        where = f"{path}[{position}]"
+        if part.type not in (*TEXTS, "refusal"):
             raise RequestError.invalid(
                 f"{where} is of type {shortened(part.type)!r}: models served here read text parts only", where
             )
+        text = part.refusal if part.type == "refusal" else part.text
+        if text is None:
+            raise RequestError.invalid(f"{where} is of type {part.type!r} and has no text: give it one", where)
         texts.append(text)
     return "".join(texts)
 

@@ -72,7 +72,7 @@ Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Me
 class ResponseRequest(SampledRequest, frozen=True, kw_only=True):
     """`/v1/responses`. input: text, which is a user's message, or items."""
 
-    REFUSED: ClassVar[dict[str, str]] = {
+    REFUSED: ClassVar[dict[str, str]] = SampledRequest.REFUSED | {
         "background": "responses are made while their client waits: leave it out, or send the request from a task of your own",
         "background_options": "it goes with background, which there is not here: leave it out",
         "conversation": "conversations are no objects here: use previous_response_id, or send the items",

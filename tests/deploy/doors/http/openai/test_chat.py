@@ -104,6 +104,7 @@ def test_parts_that_are_no_text_are_refused(client: openai.OpenAI, kind: str) ->
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "audio": {"id": "a"}, "reasoning": "x"}], "messages[0].content"),
         ([{"role": "nobody", "content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
         ([*HELLO, {"content": "x"}], "messages[1].role"),
         ([{"role": "user", "content": "x", "contents": "red"}], "messages[0].contents"),
         ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),

@@ -91,6 +91,54 @@ def test_guided_grammar(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"regex": "[ab]{3}"}, "[ab]{3}"),
+        ({"choice": ["one", "(two)"], "whitespace_pattern": "x"}, r"one|\(two\)"),
+        ({"json": {"const": 17}, "json_object": False}, "17"),
+        ({"grammar": 'start: "x" "y"'}, "xy"),
+        ({"json_object": True}, r"\{.*"),
+    ],
+)
+def test_structured_outputs(client: openai.OpenAI, asked: dict[str, object], pattern: str) -> None:
+    """vLLM's name for the `guided_` fields, since it has these no more."""
+    text = complete(client, temperature=1.0, seed=1, max_tokens=8, extra_body={"structured_outputs": asked}).choices[0].text
+    assert re.fullmatch(pattern, text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "structured_outputs.regex"),
+    ],
+)
+def test_structured_outputs_that_cannot_be(http: httpx.Client, asked: dict[str, object], param: str) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "a", **asked})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("allowed_token_ids", [5]), ("bad_words", ["x"]), ("include_stop_str_in_output", True), ("truncate_prompt_tokens", 4),
+        ("use_beam_search", True), ("continue_final_message", True),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answer_is_refused(http: httpx.Client, field: str, value: object) -> None:
+    """vLLM's: without them the answer would be another one than was asked for, and nobody would see it."""
+    asked = {"messages": HELLO, "max_tokens": 1}
+    answer = http.post("/v1/chat/completions", json={**asked, field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    if value is True:
+        assert http.post("/v1/chat/completions", json={**asked, field: False}).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"extra_body": {"guided_regex": "(?=x)"}}, "guided_regex"),
