@@ -24,9 +24,12 @@ DEPTH = {"cpu": 0, "cuda": 1}
 
 
 def check_adapters(config: WorkerConfig, model: DecoderConfig) -> None:
-    """Errors: CheckpointError where there is to be room for LoRA adapters, and the model can have none."""
+    """Errors: CheckpointError where there is to be room for LoRA adapters, and the model can have none; ValueError where there
+    is to be room beside experts, and there are no adapters."""
     if config.lora_slots and not isinstance(model, ModelConfig):
         raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
+    if config.lora_experts and not config.lora_slots:
+        raise ValueError("lora_experts is for LoRA adapters, and none are served: name some with lora, or give max_loras")
 
 
 def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWorker:

@@ -211,6 +211,11 @@ def test_room_for_adapters_of_experts_is_counted(tmp_path: Path) -> None:
     assert room(2, enable_expert_parallel=True) == whole - 64 - 32 + router + half + 3 * expert
 
 
+def test_room_beside_experts_is_asked_for_where_there_are_adapters(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none are served: name some with lora, or give max_loras"):
+        plan_lines(EngineConfig(model=str(make("qwen3_moe", tmp_path)), lora_experts=True), None)
+
+
 def test_adapters_of_a_model_that_can_have_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="LoRA adapters need Manta's own layers"):
         plan_lines(EngineConfig(model=str(make("gemma2", tmp_path)), max_loras=2), None)
