@@ -103,12 +103,14 @@ class SchedulerCore:
         narrow_blocks: int = 0,
         host_narrow_blocks: int = 0,
         narrow_standing: Iterable[tuple[BlockId, BlockId]] = (),
+        beats: bool = False,
     ) -> None:
         """A group's workers are ready, with nobody in their batch. A former epoch of it is down from now on.
 
         host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
         standing: what an earlier scheduler has left in its blocks, as `BlockTable.restore` wants it; host_standing: likewise.
         life: the epoch in which its ranks were started; None: this one. They may have served as other epochs before.
+        beats: `lives` will be called for it; else it is whole for as long as it is up.
         narrow_blocks, host_narrow_blocks, narrow_standing: of narrow layers, as `BlockTable.restore_beside` wants it.
         Errors: ProtocolError for an epoch that is not newer than the last one, and for blocks that cannot stand so; the group
         is down then.
@@ -130,6 +132,8 @@ class SchedulerCore:
         )  # fmt: skip
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
         self.groups[group].life = epoch if life is None else life
+        if beats:
+            self.groups[group].whole_s = self.now_s
         self._regroup()
         self._suspects.came(self.groups[group])
         self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
@@ -200,8 +204,6 @@ class SchedulerCore:
                 self._bereave(lost, sequence, reason)
             self._remove_pools(group)
             self.watch.forget(lost)
-        if not returning:
-            self._suspects.lost(group)
         self._reconsider(reason, Failure.UNAVAILABLE)
         self._admit()
 
@@ -217,6 +219,15 @@ class SchedulerCore:
         else:
             output = state.output_of(sequence)
             leases.finish(state, sequence, FinishReason.FAILED, output, f"{poison}, so it is not tried again: {reason}")
+
+    def lives(self, group_id: GroupId, epoch: int, whole_s: float) -> None:
+        """At that time every rank of the group lived, and no step that still goes on had begun."""
+        group = self.groups.get(group_id)
+        if group is None or group.epoch != epoch:
+            return
+        group.whole_s = max(group.whole_s, whole_s)
+        if self._suspects.pending:
+            self._admit()
 
     def _admit(self) -> None:
         if self._suspects.pending:

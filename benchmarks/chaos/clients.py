@@ -171,7 +171,7 @@ async def _read(response: httpx.Response, taken: Taken, ledger: Ledger, client: 
         elif field == "data":
             event = json.loads(value)
             if "error" in event:
-                return Loss("error event", lost=True)
+                return Loss("error event", lost=True, said=str(event["error"].get("message", event["error"])))
             if taken.answer.take(event):
                 ledger.token(client, time.monotonic())
             taken.last_event = event_id or taken.last_event

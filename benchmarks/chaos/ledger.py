@@ -19,12 +19,13 @@ SAMPLES = 20
 @dataclass(frozen=True, slots=True)
 class Loss:
     """How an attempt ended that was not answered. what: as the client saw it. lost: it had been taken; else it was refused.
-    cut: the connection ended, nothing was said. again_s: what a Retry-After says."""
+    cut: the connection ended, nothing was said. again_s: what a Retry-After says. said: the text of an error event."""
 
     what: str
     lost: bool
     cut: bool = False
     again_s: float | None = None
+    said: str = ""
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Incident:
     under_way: requests at that moment. silent_s: the longest time in which no client got any output. paused_s: the longest in
     which some client got none, whatever it asked for meanwhile. whole_s: until all that there was is there again; None if that
     did not come about, for want of what is missing. ended_s: what Ctrl-C took afterwards, where the endpoint was ended. left:
-    processes that outlived it.
+    processes that outlived it. said: what the error events among `lost` said, each text once.
     """
 
     fault: Fault | None
@@ -51,6 +52,7 @@ class Incident:
     missing: str = ""
     ended_s: float | None = None
     left: int = 0
+    said: list[str] = field(default_factory=list)
 
 
 class Ledger:
@@ -114,11 +116,14 @@ class Ledger:
 
     def loses(self, client: int, loss: Loss) -> None:  # noqa: ARG002
         with self._lock:
+            incident = self.incidents[-1]
             if loss.lost:
-                self.incidents[-1].lost[loss.what] += 1
+                incident.lost[loss.what] += 1
+                if loss.said and loss.said not in incident.said:
+                    incident.said.append(loss.said)
             else:
                 after = "" if loss.again_s is None else ", Retry-After"
-                self.incidents[-1].refused[loss.what + after] += 1
+                incident.refused[loss.what + after] += 1
 
     def taken_up(self, client: int) -> None:  # noqa: ARG002
         """A stream that was cut goes on by its last event's id."""

@@ -236,6 +236,7 @@ def in_words(incident: Incident) -> str:
     return (
         f"{incident.fault}: {incident.under_way} under way, lost {lost}, wrong {incident.wrong}, refused {refused}, taken up "
         f"{incident.taken_up}, silent {incident.silent_s:.1f} s, a stream paused {incident.paused_s:.1f} s, {came}"
+        + "".join(f"\n  error event: {said}" for said in incident.said)
     )
 
 

@@ -1,17 +1,26 @@
 """Who may have killed the groups that it ran in is tried alone, so that it cannot take group after group, and others with it.
 
-    note      it ran in a group that died; the second time it is a suspect, and waits apart
+    note      it ran in a group that died; the second time in a row it is a suspect, and waits apart
     try_next  a group is emptied for one of them, and takes nobody else
     clear     it has come further than when the group died: it is as others are again
     came      or the group had not died, and only the connection to it: nobody is suspected for that
     note      or that group has died as well, with it alone: it ends, and says so
 
+What strikes several groups at once (their host, its network) is noticed of one after the other, and whoever goes from each to
+the next meets all their deaths. So a death counts only if its group had lived on after the one before: by more than what was on
+its way then can say. Who has met one that does not count is *wary*: it goes on once every group has lived on, and the next
+counts. A suspect is tried in a group that has. Hence a request takes four groups at most, three if each lives on with it for a
+second.
+
 A trial is short, and those who make room for it find their blocks where they were. Imports `state`, `admission` and `leases`.
 """
+
+import math
 
 from kvcache.ids import GroupId
 from scheduler import leases
 from scheduler.placement.admission import Admission
+from scheduler.protocol.silence import BEAT_S
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, State
@@ -27,39 +36,36 @@ class Suspects:
         self._state = state
         self._admission = admission
         self._group: ResidentGroup | None = None
-        self._noted: dict[GroupId, tuple[int, list[Sequence]]] = {}  # of each group the last life that ended, and who ran there
 
     def note(self, group: ResidentGroup, sequence: Sequence) -> str | None:
         """It ran in a group that has died, all its tokens are written back, and it has not left its row yet. Why it is not
         tried again; None if it is."""
-        life, noted = self._noted.get(group.group, (-1, []))
-        self._noted[group.group] = group.life, [*(noted if life == group.life else ()), sequence]
-        sequence.deaths += 1
+        lived, sequence.bereaved_s = _lived_on(group, sequence), self._state.now_s
+        if not lived:
+            sequence.wary = True
+            return None
+        before = () if sequence.committed >= sequence.proven else sequence.deaths
+        sequence.deaths = (*before, (group.group, group.life))
         sequence.proven = sequence.committed + PROVEN_TOKENS
         if group.alone is sequence:
-            return f"each of {sequence.deaths} groups that ran the request has died, the last one with nothing else to do"
+            return f"each of {len(sequence.deaths)} groups that ran the request has died, the last one with nothing else to do"
         return None
 
     def came(self, group: ResidentGroup) -> None:
         """A group is up. If its ranks are those that were taken for dead, they were not: whoever ran there is as before."""
-        life, noted = self._noted.pop(group.group, (-1, []))
-        for sequence in noted if life == group.life else ():
-            if sequence.state is not State.ENDED and sequence.deaths:
-                self._forgive(sequence)
+        death = (group.group, group.life)
+        for sequence in [each for each in self._state.sequences.values() if death in each.deaths]:
+            self._forgive(sequence, death)
 
-    def lost(self, group: GroupId) -> None:
-        """No rank of it comes back."""
-        self._noted.pop(group, None)
-
-    def _forgive(self, sequence: Sequence) -> None:
+    def _forgive(self, sequence: Sequence, death: tuple[GroupId, int]) -> None:
         suspected, waits = sequence.suspect, sequence in self._state.waiting.apart
-        sequence.deaths -= 1
+        sequence.deaths = tuple(each for each in sequence.deaths if each != death)
         if sequence.suspect or not suspected:
             return
         for group in self._state.groups.values():
             if group.alone is sequence:
                 group.alone = None
-        if waits:
+        if waits and not sequence.wary:
             self._state.waiting.apart.remove(sequence)
             self._state.waiting.join([sequence])
         self._state.waiting.made_room()
@@ -69,23 +75,36 @@ class Suspects:
         sequence = group.alone
         if sequence is None or sequence.lease is None or group.length.item(sequence.row) < sequence.proven:
             return False
-        sequence.deaths, group.alone = 0, None
+        sequence.deaths, sequence.wary, group.alone = (), False, None
         self._state.waiting.made_room()
         return True
 
     @property
     def pending(self) -> bool:
-        """There is a trial, or somebody waits for one."""
+        """There is a trial, or somebody waits for one, or is wary."""
         return self._group is not None or bool(self._state.waiting.apart)
 
     def try_next(self) -> None:
-        """Begins the next trial if none is under way, and lets the suspect start once it has its group to itself."""
+        """Lets those wary go on who may; begins the next trial if none is under way, and lets the suspect start once it has its
+        group to itself."""
+        self._reassure()
         group = self._group = self._standing() or self._empty_one()
         suspect = group.alone if group is not None else None
         if group is None or suspect is None or suspect.state is not State.WAITING:
             return
         if not (group.running or group.fetching):
             self._admission.place_in(group, suspect)
+
+    def _reassure(self) -> None:
+        """Those wary join the queue once all groups that they might go to have lived on."""
+        waiting, groups = self._state.waiting, self._state.groups.values()
+        whole_s = min((group.whole_s for group in groups if not group.draining), default=math.inf)
+        ready = [each for each in waiting.apart if not each.suspect and whole_s >= each.bereaved_s + BEAT_S]
+        for sequence in ready:
+            waiting.apart.remove(sequence)
+            sequence.wary = False
+        if ready:
+            waiting.join(ready)
 
     def _standing(self) -> ResidentGroup | None:
         """The group of the trial that goes on: neither it nor the suspect has gone."""
@@ -99,8 +118,8 @@ class Suspects:
         return group
 
     def _empty_one(self) -> ResidentGroup | None:
-        """For the next suspect; None without one, or where no group is large enough."""
-        suspect = min(self._state.waiting.apart, default=None)
+        """For the next suspect; None without one, or where no group is large enough and has lived on."""
+        suspect = min((each for each in self._state.waiting.apart if each.suspect), default=None)
         group = None if suspect is None else self._least_loaded(suspect)
         if group is not None:
             group.alone = suspect
@@ -109,5 +128,11 @@ class Suspects:
         return group
 
     def _least_loaded(self, suspect: Sequence) -> ResidentGroup | None:
-        large = [g for g in self._state.groups.values() if g.blocks >= suspect.blocks_at_once and not g.draining]
-        return min(large, key=lambda g: (len(g.running) + len(g.fetching), g.group), default=None)
+        groups = (g for g in self._state.groups.values() if g.blocks >= suspect.blocks_at_once and not g.draining)
+        fit = [group for group in groups if _lived_on(group, suspect)]
+        return min(fit, key=lambda g: (len(g.running) + len(g.fetching), g.group), default=None)
+
+
+def _lived_on(group: ResidentGroup, sequence: Sequence) -> bool:
+    """After the last death that the sequence has met, by more than what was on its way then can say."""
+    return group.whole_s >= sequence.bereaved_s + BEAT_S

@@ -158,10 +158,13 @@ class SchedulerServer:
 
     def _hear(self, group: GroupId, epoch: int, message: FromLeader) -> None:
         """Errors: ProtocolError."""
-        beat = message if isinstance(message, Beat) else None
-        self._vitals.heard(group, epoch, time.monotonic(), beat)
+        now_s, beat = time.monotonic(), message if isinstance(message, Beat) else None
+        self._vitals.heard(group, epoch, now_s, beat)
         if beat is None:
             self._shell.leader_says(group, message)
+        else:
+            whole_s = now_s - max(beat.silent_s, beat.busy_s)
+            self.call(lambda core: core.lives(group, epoch, whole_s))
 
     async def _look(self) -> None:
         """Nothing that hangs may keep what others could do."""
@@ -215,6 +218,7 @@ class SchedulerServer:
             GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
             ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=hello.life,
             narrow_blocks=hello.narrow_blocks, host_narrow_blocks=hello.host_narrow_blocks, narrow_standing=beside_of(told),
+            beats=True,
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
         self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())

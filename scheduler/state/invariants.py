@@ -60,8 +60,9 @@ def _check_membership(state: ClusterState, running: list[Sequence]) -> None:
     in_line = state.waiting.queued()
     assert all(sequence.state is State.WAITING for sequence in in_line), "who is queued waits"
     queued = [*in_line, *(sequence for sequence in state.waiting.parked if sequence.state is State.WAITING)]
+    assert not any(sequence.apart for sequence in queued), "no suspect is queued, nor anyone wary"
     queued += state.waiting.apart
-    assert all(sequence.suspect for sequence in state.waiting.apart), "only suspects wait apart"
+    assert all(sequence.apart for sequence in state.waiting.apart), "only suspects and the wary wait apart"
     waiters = [sequence for waiters in state.prefixes.waiters.values() for _, sequence in waiters]
     deferred = [sequence for sequence in waiters if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])

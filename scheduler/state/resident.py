@@ -10,6 +10,7 @@
 Imports NumPy, `config`, `leaders`, `messages`, `policy`, `sequence`, `window` and `kvcache` ids.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -116,6 +117,7 @@ class ResidentGroup:
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.reports = 0
         self.life = epoch  # the epoch in which its ranks were started
+        self.whole_s = math.inf  # the last moment at which all its ranks are known to have lived; inf where nobody says so
         self.draining = False  # it takes no new sequences; whoever sets it touches the group
         self._alone: Sequence | None = None
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up

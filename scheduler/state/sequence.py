@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.hashing import hash_blocks, hash_run, salt_seed
+from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
 from scheduler.protocol.leaders import LeaseId
 from scheduler.protocol.messages import NO_MISSES, Adapter, Misses, Pooling
@@ -81,7 +82,8 @@ class Sequence:
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
     brought: False once a window that was to be brought to it has not arrived: it starts without, then.
-    deaths: groups that have died while it ran there, since it was last cleared; proven: length at which it is (`Suspects`).
+    deaths: the groups that have died while it ran there, each with its life, since it had last come further; proven: the length
+    at which it has; bereaved_s: when the last one died; wary: it waits until it is known which groups live (`Suspects`).
 
     Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
     has waited so long that it goes before others; passed_s: when it was the first and found no room, for the first time;
@@ -121,8 +123,10 @@ class Sequence:
     charged: int = 0
     deadline_s: float = math.inf
     brought: bool = True
-    deaths: int = 0
+    deaths: tuple[tuple[GroupId, int], ...] = ()
     proven: int = 0
+    bereaved_s: float = -math.inf
+    wary: bool = False
     entered_s: float = 0.0
     ticket: int = 0
     aged: bool = False
@@ -147,7 +151,12 @@ class Sequence:
     @property
     def suspect(self) -> bool:
         """It ran in each of several groups that died: it runs alone or not at all."""
-        return self.deaths >= SUSPECT_DEATHS
+        return len(self.deaths) >= SUSPECT_DEATHS
+
+    @property
+    def apart(self) -> bool:
+        """It waits for something else than its turn."""
+        return self.suspect or self.wary
 
     def append(self, tokens: Tokens) -> None:
         """Writes committed tokens back. Amortised O(1) a token."""

@@ -29,7 +29,8 @@ class WaitingRoom:
     For then at least every second start is of one of these, and the first of them waits no longer than until others may not
     pass it any more and until those who run have ended. A prefix that is being computed can add the time that this takes.
 
-    parked: they fit no group that is up, only one that is expected. apart: the suspects, who get a group to themselves.
+    parked: they fit no group that is up, only one that is expected. apart: the suspects, who get a group to themselves, and the
+    wary, who join the queue once it is known which groups live.
     Invariant: a WAITING sequence is either queued, once, under its `ticket`, or in `parked`, or in `apart`; a DEFERRED one is
     among the `waiters` of `Prefixes`. count, tokens: all of them, and their tokens; `enter` and `leave` are called once for
     each stay. rooms: grows whenever somebody might fit who did not before.
@@ -64,7 +65,7 @@ class WaitingRoom:
         if self.count == 1:
             self.pace.begin(now_s)
         self.fair.enter(sequence)
-        if sequence.suspect:
+        if sequence.apart:
             sequence.state = State.WAITING
             self.apart.append(sequence)
         else:
@@ -75,7 +76,7 @@ class WaitingRoom:
         self.count -= 1
         self.tokens -= sequence.committed
         sequence.ticket = 0
-        if sequence.suspect:
+        if sequence.apart:
             self.apart.remove(sequence)
         self.fair.leave(sequence)
         if sequence.blocks is not None:

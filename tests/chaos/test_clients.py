@@ -145,6 +145,7 @@ def test_how_a_stream_ends_is_counted_as_its_client_saw_it(
 ) -> None:
     incident, _, _ = counted(reply, whole)
     assert (dict(incident.lost), dict(incident.refused)) == (lost, refusals)
+    assert incident.said == (["the scheduler has gone"] if "error event" in lost else [])
     assert (incident.answered, incident.wrong) == (1, 0), "what was left of the first attempt is not used"
 
 

@@ -48,6 +48,7 @@ from scheduler.protocol.messages import (
     Started,
 )
 from scheduler.protocol.sampling import SamplingParams
+from scheduler.protocol.silence import BEAT_S
 from scheduler.state.sequence import Sequence
 from scheduler.state.window import Window
 from workers.loop.batch import ResidentBatch
@@ -239,7 +240,7 @@ class Cluster:
 
     depth and steps are those of `Rank` and `Reporter`. hash_stride: 0, whole blocks only, unless a test is about parts of them.
     window: tokens that the simulated model sees; None: all. narrow: those that narrow layers beside others see; None: there are
-    none. Their pools have as many blocks, or what a sequence needs.
+    none. Their pools have as many blocks, or what a sequence needs. beats: groups say by `beat` that they live.
     """
 
     def __init__(
@@ -264,6 +265,7 @@ class Cluster:
         log_decisions: bool = False,
         window: int | None = None,
         narrow: int | None = None,
+        beats: bool = False,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         config = CoreConfig(
@@ -277,7 +279,7 @@ class Cluster:
             log_decisions=log_decisions,
         )
         prefill_ahead = (depth + 2) * max_num_batched_tokens
-        self.window, self.narrow = window, narrow
+        self.window, self.narrow, self.beats = window, narrow, beats
         resolved = Resolved(max_model_len, ahead, window, prefill_ahead, narrow)
         needed = Window.of_narrow(resolved, block_size)
         self._narrow_blocks = 0 if needed is None else max(needed.most, NARROW_BLOCKS)
@@ -317,6 +319,7 @@ class Cluster:
         self.core.group_up(
             name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports,
             narrow_blocks=self._narrow_blocks, host_narrow_blocks=self._host_blocks,
+            beats=self.beats,
         )  # fmt: skip
         self.settle()
 
@@ -359,6 +362,7 @@ class Cluster:
             name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports,
             standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=before.life,
             narrow_blocks=self._narrow_blocks, host_narrow_blocks=self._host_blocks, narrow_standing=beside_of(told),
+            beats=self.beats,
         )  # fmt: skip
         self.settle()
         return sum(len(part.blocks) // 4 for part in told)
@@ -477,6 +481,12 @@ class Cluster:
     def wait(self, seconds: float) -> None:
         """Time passes; what is late is noticed with the next event."""
         self.core.now_s += seconds
+
+    def beat(self, *groups: int) -> None:
+        """These say that they are whole now; none named: all."""
+        for group in groups or tuple(self.groups):
+            self.core.lives(GroupId(group), self.groups[GroupId(group)].epoch, self.core.now_s)
+            self.settle()
 
     def deliver(self, group: int = 0, count: int | None = None) -> None:
         self.groups[GroupId(group)].deliver(count)
@@ -597,6 +607,9 @@ class Cluster:
         rounds = 0
         while self.core.sequences:
             self.step()
+            if self.beats:
+                self.wait(BEAT_S)
+                self.beat()
             rounds += 1
             assert rounds < limit, f"no end in sight: {list(self.core.sequences.values())}"
         self.step(times=2 + self.depth)

@@ -30,7 +30,7 @@ from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
 from deploy.serving.replicas.administration import ServeAdministration
-from deploy.serving.replicas.deploying import GRACE_S, HEALTH_CHECK_S, engine_deployment
+from deploy.serving.replicas.deploying import FRONT_END_HEALTH_TIMEOUT_S, GRACE_S, HEALTH_CHECK_S, engine_deployment
 from deploy.serving.replicas.discovery import Discovery, turn_of
 from deploy.status import status_routes
 from deploy.text.without_torch import import_without_torch
@@ -133,7 +133,8 @@ def application(
     owner = engine_deployment(groups or engine.groups, GRACE_S)
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=GRACE_S,
+        ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S,
+        health_check_timeout_s=FRONT_END_HEALTH_TIMEOUT_S, graceful_shutdown_timeout_s=GRACE_S,
         max_surge_percent=100,  # the next one is there before one goes
     )(Ingress)  # fmt: skip
     return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, threads, version)

@@ -1,7 +1,12 @@
 """A request that may have killed its groups runs alone, and takes no more of them than it must."""
 
+from collections.abc import Iterable
+
+import pytest
+
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import FinishReason
+from scheduler.protocol.silence import BEAT_S
 from scheduler.state.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream
 
@@ -101,7 +106,7 @@ def test_a_connection_that_is_cut_makes_nobody_a_suspect() -> None:
         cluster.step(times=2)
         for group in (0, 1):
             cluster.cut(group)
-        assert {cluster.sequence(stream).deaths for stream in streams} == {0}
+        assert not any(cluster.sequence(stream).deaths for stream in streams)
     cluster.run()
     assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
 
@@ -113,7 +118,7 @@ def test_a_cut_takes_nothing_of_what_a_death_has_said() -> None:
     kill_with(cluster, stream)
     cluster.step(times=2)
     cluster.cut(0)
-    assert cluster.sequence(stream).deaths == 1
+    assert len(cluster.sequence(stream).deaths) == 1
     cluster.step(times=2)
     kill_with(cluster, stream)
     assert cluster.sequence(stream).suspect
@@ -134,7 +139,7 @@ def test_who_is_suspected_for_cuts_alone_joins_the_others_again() -> None:
         cluster._rejoin(before)
     assert not cluster.core.waiting.apart
     assert not any(group.closed for group in cluster.core.groups.values())
-    assert {cluster.sequence(stream).deaths for stream in streams} == {0}
+    assert not any(cluster.sequence(stream).deaths for stream in streams)
     cluster.run()
     assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
 
@@ -153,3 +158,104 @@ def test_a_suspect_that_goes_leaves_its_group_open() -> None:
     late = cluster.submit([1], max_tokens=5)[0]
     assert running(cluster, 0) == {late.number}
     cluster.run()
+
+
+def strike(cluster: Cluster, groups: Iterable[int]) -> None:
+    """They have died at one moment; the scheduler hears of one after the other, and of none that is up that it lives."""
+    for group in groups:
+        cluster.lose(group, returning=True)
+        cluster.wait(0.01)
+
+
+def test_deaths_between_which_it_has_come_further_are_no_row() -> None:
+    """A leader dies; later on both groups are stopped at once, which is noticed in one after the other."""
+    cluster = Cluster((200, 200), max_num_seqs=8)
+    streams = [cluster.submit([at % 2, at // 2 % 2, 1], max_tokens=60)[0] for at in range(6)]
+    cluster.step(times=3)
+    cluster.lose(0, returning=True)
+    cluster.bring_up(0)
+    cluster.step(times=25)
+    strike(cluster, (0, 1))
+    for group in (0, 1):
+        cluster.bring_up(group)
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_what_strikes_all_groups_at_once_makes_nobody_a_suspect() -> None:
+    cluster = Cluster((80, 80, 80, 80), max_num_seqs=8, beats=True)
+    streams = submit(cluster, 8)
+    for _ in range(2):
+        cluster.step(times=18)
+        cluster.wait(1.0)
+        cluster.beat()
+        strike(cluster, range(4))
+        assert not any(cluster.sequence(stream).suspect for stream in streams)
+        for group in range(4):
+            cluster.bring_up(group)
+        assert not any(cluster.sequence(stream).wary for stream in streams), "these are others than have died"
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_who_is_wary_waits_until_every_group_has_lived_on() -> None:
+    cluster = Cluster((80, 80, 80, 80), max_num_seqs=8, beats=True)
+    streams = submit(cluster, 8)
+    cluster.step(times=2)
+    before = {stream.number for stream in streams if group_of(cluster, stream) == 0}
+    strike(cluster, (0, 1))
+    wary = {stream.number for stream in streams if cluster.sequence(stream).wary}
+    assert wary
+    assert wary < before, "they came from one to the other"
+    cluster.wait(BEAT_S / 2)
+    cluster.beat()
+    assert {sequence.stream for sequence in cluster.core.waiting.apart} == wary, "that may have been on its way"
+    cluster.wait(BEAT_S)
+    cluster.beat(2)
+    assert {sequence.stream for sequence in cluster.core.waiting.apart} == wary, "the other may have died"
+    cluster.lose(3, returning=True)
+    assert wary <= running(cluster, 2)
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_no_suspect_is_tried_in_a_group_that_may_have_died_with_the_last() -> None:
+    cluster = Cluster((80, 80, 80), max_num_seqs=8, beats=True)
+    (suspect,) = submit(cluster, 1)
+    for _ in range(2):
+        cluster.step(times=2)
+        cluster.wait(1.0)
+        cluster.beat()
+        cluster.lose(group_of(cluster, suspect), returning=True)
+    assert cluster.sequence(suspect).suspect
+    assert cluster.sequence(suspect).blocks is None
+    (last,) = cluster.groups
+    cluster.lose(last, returning=True)
+    assert len(cluster.sequence(suspect).deaths) == 2
+    cluster.bring_up(0)
+    cluster.wait(BEAT_S)
+    cluster.beat()
+    assert running(cluster, 0) == {suspect.number}
+    cluster.run()
+    assert cluster.reason(suspect) is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(("after_s", "most"), [(0.0, 4), (1.0, 3)], ids=["at once", "after a second"])
+def test_who_kills_each_group_takes_few_of_them(after_s: float, most: int) -> None:
+    cluster = Cluster((80,) * 6, max_num_seqs=8, beats=True)
+    streams = submit(cluster, 6)
+    poison, deaths = streams[0], 0
+    while poison.finished is None:
+        while cluster.sequence(poison).blocks is None:
+            cluster.wait(BEAT_S)
+            cluster.beat()
+        cluster.step()
+        cluster.wait(after_s)
+        if after_s:
+            cluster.beat()
+        cluster.lose(group_of(cluster, poison), returning=True)
+        deaths += 1
+    assert deaths == most
+    assert "each of 3 groups that ran the request has died" in poison.finished.message
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams[1:]} == {FinishReason.LENGTH}

@@ -524,6 +524,34 @@ def test_so_is_one_whose_leader_says_nothing() -> None:
     served.close()
 
 
+def test_groups_that_are_struck_at_once_lose_no_request(served: Served) -> None:
+    """Whoever goes from each to the next meets the death of all."""
+    leaders = [served.leader(group) for group in range(4)]
+    front_end = served.front_end()
+    front_end.send(Submit((request(1),)))
+    (start,) = read(leaders[0], Commands).commands
+    leaders[0].send(first_token(start, token=42))
+    assert tokens_of(read(front_end, Deltas)) == {1: [42]}
+    for leader in leaders:
+        leader.close()
+    back = served.leader(0, epoch=1)
+    (again,) = read(back, Commands).commands
+    back.send(first_token(again, epoch=1, token=43))
+    assert tokens_of(read(front_end, Deltas)) == {1: [43]}
+
+
+def test_a_group_is_whole_since_its_ranks_were_heard_and_its_step_began(served: Served) -> None:
+    leader = served.leader()
+    for troubled in (Beat(0, silent_s=3.0, silent_rank=1), Beat(0, busy_s=3.0, patience_s=9.0)):
+        began_s = time.monotonic()
+        leader.send(troubled)
+        served.front_end()  # answered after it was heard
+        assert served.ask(lambda core: core.groups[GroupId(0)].whole_s) < began_s
+    leader.send(Beat(0, silent_s=0.1, silent_rank=1, busy_s=0.2))
+    served.front_end()
+    assert served.ask(lambda core: core.groups[GroupId(0)].whole_s) >= began_s - 0.2
+
+
 def test_a_front_end_that_says_nothing_is_left_and_one_that_says_it_lives_is_not() -> None:
     served = Served(asyncio.new_event_loop, hung_after_s=0.5)
     leader, silent, well, ended = served.leader(), served.front_end(), served.front_end(), threading.Event()
