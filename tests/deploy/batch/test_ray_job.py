@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 PATIENCE_S = 120.0
 ASKED_EVERY_S = 0.5
 """The dashboard, which computes for each answer."""
-ENTRIES = [entry(f"def f{number}(", max_tokens=60, ignore_eos=True) for number in range(100)]
+ENTRIES = [entry(f"def f{number}(", max_tokens=60, ignore_eos=True) for number in range(40)]
 
 
 @pytest.fixture(scope="module")

@@ -191,6 +191,7 @@ def parts(model: Thinker, **fields: Any) -> list[Any]:
     return list(model.client.chat.completions.create(**asked))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("steps", [1, 2, 5, 500])
 @pytest.mark.parametrize("tools", [False, True])
 def test_a_stream_says_the_same(speaking: Speaking, steps: int, tools: bool) -> None:
@@ -214,6 +215,7 @@ def test_a_stream_says_the_same(speaking: Speaking, steps: int, tools: bool) -> 
     )
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("steps", [1, 4, 500])
 def test_a_stream_goes_on_behind_each_of_its_events(speaking: Speaking, steps: int) -> None:
     goes_on_behind_each(speaking("<think>\nHm \u4f60.</think>\nYes.\n", steps=steps))
