@@ -9,42 +9,34 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+NOTHING_TO_RESTORE = SimpleNamespace(restore=lambda: None)
+
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Within, a device function that is called from a kernel uses what the kernel's launch has patched."""
+    """Within, the language is as the first launch has patched it: none takes that back."""
     from triton.language import core
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     patch_lang: Callable[[Any], Any] = interpreter._patch_lang
-    patched_for: set[frozenset[int]] = set()
+    scopes = dict[frozenset[int], Any]()
 
     @functools.cache
     def modules_of(fn: Any) -> frozenset[int]:
         return frozenset(id(value) for value in fn.__globals__.values() if inspect.ismodule(value))
 
     def patch(fn: Any) -> Any:
-        modules = modules_of(fn)
-        if modules in patched_for:
-            return None
-        scope = patch_lang(fn)
-        if not patched_for:  # a launch, which restores what it has patched
-            restore = scope.restore
-
-            def end() -> None:
-                patched_for.clear()
-                restore()
-
-            scope.restore = end
-        patched_for.add(modules)
-        return scope
+        if (modules := modules_of(fn)) not in scopes:
+            scopes[modules] = patch_lang(fn)
+        return NOTHING_TO_RESTORE
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang", patch)
@@ -61,6 +53,8 @@ def quick_interpreter() -> Iterator[None]:
         patched.setattr(TritonSemantic, "broadcast_impl_value", _broadcasting(join))
         patched.setattr(TritonSemantic, "binary_op_type_checking_impl", _checking(core, join))
         yield
+        for scope in reversed(scopes.values()):
+            scope.restore()
 
 
 def _by_name(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
