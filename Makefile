@@ -1,7 +1,7 @@
 # The two commands, and those beside them. All make `.venv` first and reuse it until a pin changes.
 #   make run      generate from the example checkpoint on a local Ray cluster
 #   make test     ruff, mypy --strict, import contracts, pytest
-#   make test-all the same with the tests marked slow: every fault on Ray, every form of every kernel
+#   make test-all the same with the tests marked slow: every fault on Ray, every form of every kernel, all examples
 #   make clients  the clients that people use, from an environment of their own (`.venv-clients`), against `manta serve`
 
 PYTHON ?= python3

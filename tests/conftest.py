@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from deploy.config.load import bound_openmp_spin
+from tests.shared.examples import USUAL
 from tests.shared.ray_logs import troubles
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
@@ -42,8 +43,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: another test
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: without a GPU kernels are interpreted
 
-settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("manta")
+for profile, most in (("quick", USUAL // 4), ("thorough", USUAL)):
+    settings.register_profile(profile, max_examples=most, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 collect_ignore = ["clients"]  # `make clients` runs them, in an environment of their own
 
@@ -128,6 +129,7 @@ class Named:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "thorough")
     if PROCESS is None:
         config.pluginmanager.register(Named(config))
 

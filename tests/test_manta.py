@@ -44,16 +44,22 @@ def run_script(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def test_a_script_beside_folders_of_the_same_names(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """By the script where nothing is beside it."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "script.py").write_text(SCRIPT)
-    assert run_script(folder, "local") == run_script(elsewhere, "local")
+    return run_script(elsewhere, "local")
+
+
+def test_a_script_beside_folders_of_the_same_names(folder: Path, said: str) -> None:
+    assert run_script(folder, "local") == said
 
 
 @pytest.mark.ray
-def test_a_script_on_ray_beside_folders_of_the_same_names(folder: Path) -> None:
+def test_a_script_on_ray_beside_folders_of_the_same_names(folder: Path, said: str) -> None:
     """Ray's processes look beside the script too."""
-    assert run_script(folder) == run_script(folder, "local")
+    assert run_script(folder) == said
 
 
 @pytest.mark.parametrize("way", [["-m", "manta", "version"], [str(Path(sys.executable).parent / "manta"), "version"]])

@@ -22,6 +22,7 @@ from kvcache.index import MAX_CANDIDATES
 from kvcache.standing import Standing
 from kvcache.table import BlockTable, SequenceBlocks
 from tests.kvcache.usage import usage
+from tests.shared.examples import examples
 
 BLOCK, STRIDE = 16, 4
 GROUPS = [GroupId(0), GroupId(1), GroupId(2)]
@@ -404,11 +405,11 @@ class NarrowMachine(BlockTableMachine):
 
 
 TestBlockTable = BlockTableMachine.TestCase
-TestBlockTable.settings = settings(max_examples=50, stateful_step_count=40)
+TestBlockTable.settings = settings(max_examples=examples(50), stateful_step_count=40)
 TestWindowed = WindowedMachine.TestCase
-TestWindowed.settings = settings(max_examples=50, stateful_step_count=40)
+TestWindowed.settings = settings(max_examples=examples(50), stateful_step_count=40)
 TestNarrow = NarrowMachine.TestCase
-TestNarrow.settings = settings(max_examples=50, stateful_step_count=40)
+TestNarrow.settings = settings(max_examples=examples(50), stateful_step_count=40)
 
 OF_A_WINDOW = {"hit in the midst", "gave back", "gave back what others hold", "beginning evicted under its end"}
 OF_BOTH_KINDS = {"hit cut back", "narrow refused", "part given up", "restored beside"}

@@ -20,6 +20,7 @@ from scheduler.state.prefixes import WHOLE_PROMPT
 from scheduler.state.resident import ProtocolError
 from scheduler.state.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, filled
+from tests.shared.examples import examples
 
 which = st.integers(0, 99)
 counts = st.integers(1, 3)
@@ -492,7 +493,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=80, stateful_step_count=50)
+TestCore.settings = settings(max_examples=examples(80), stateful_step_count=50)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from workers.process.build import LOADING, build_rank
 from workers.process.footprint import footprint
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma4_text", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_what_a_rank_reads_and_holds(kind: str, dtype: str, tmp_path: Path) -> None:

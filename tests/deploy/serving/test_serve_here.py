@@ -41,7 +41,7 @@ def test_a_taken_port_is_named_before_the_model_is_read(tmp_path: Path) -> None:
     assert f"manta: error: port {port} on 127.0.0.1, for HTTP, cannot be had" in log.read_text()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "inherited"), [(signal.SIGTERM, signal.default_int_handler), (signal.SIGINT, signal.SIG_IGN)]
 )
@@ -53,10 +53,7 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
         assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 128 + number
-    said = log.read_text()
-    assert "Traceback" not in said
-    for line in ("workers.process.build: model: ", "workers.attention.select: attention: ", "workers.process.build: KV pool: "):
-        assert line in said, "what the start has chosen"
+    require_told(log)
 
 
 @pytest.mark.slow
@@ -85,6 +82,7 @@ def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path,
     asked = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with sigint(signal.default_int_handler), served(log, "--port", "0") as process:
         url = ready_at(log, process)
+        assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S, trust_env=False) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -94,7 +92,7 @@ def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path,
             assert process.wait(PATIENCE_S) == 128 + number
             with contextlib.suppress(httpx.HTTPError):  # cut off
                 assert not [line for line in lines if '"finish_reason":"length"' in line]
-    assert "Traceback" not in log.read_text()
+    require_told(log)
 
 
 @pytest.mark.slow
@@ -111,6 +109,14 @@ def test_who_has_not_ended_after_a_while_is_told(tmp_path: Path) -> None:
         assert process.wait(PATIENCE_S) == 130
     assert "the endpoint is ending" in said[-2]
     assert said[-1] == "data: [DONE]"
+
+
+def require_told(log: Path) -> None:
+    """What the start has chosen, and no fault."""
+    said = log.read_text()
+    assert "Traceback" not in said
+    for line in ("workers.process.build: model: ", "workers.attention.select: attention: ", "workers.process.build: KV pool: "):
+        assert line in said
 
 
 @contextlib.contextmanager

@@ -45,6 +45,8 @@ from tests.shared.processes import (
 pytestmark = pytest.mark.ray
 
 PATIENCE_S = 180.0
+SELDOM_S = 0.5
+"""How often to ask for what takes long: for each answer several processes compute."""
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
 LONG, ENDLESS = 500, 1900
 resume_stream = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "resume_stream.py"))["stream"]
@@ -66,12 +68,12 @@ sys.meta_path.insert(0, Gate)
 T = TypeVar("T")
 
 
-def until(what: str, true: Callable[[], T | None], clue: Callable[[], object] = str) -> T:
+def until(what: str, true: Callable[[], T | None], clue: Callable[[], object] = str, every_s: float = 0.05) -> T:
     """What it says as soon as that is true. clue: asked if that takes too long."""
     deadline = time.monotonic() + PATIENCE_S
     while not (answer := true()):
         assert time.monotonic() < deadline, f"{what}: {clue()}"
-        time.sleep(0.05)
+        time.sleep(every_s)
     return answer
 
 
@@ -195,8 +197,11 @@ class Endpoint:
         status = self.status()
         return [group["state"] for group in status["groups"]] == ["up", "up"] and status["front_ends"] == 2
 
+    def was_taken_over(self) -> bool:
+        return any("took over" in words for words in self.status()["progress"])
+
     def await_whole(self, what: str) -> None:
-        until(what, self.is_whole, self.status)
+        until(what, self.is_whole, self.status, SELDOM_S)
 
     def close(self) -> None:
         self.grpc.close()
@@ -267,9 +272,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 
 def settled(endpoint: Endpoint) -> Endpoint:
-    until("it is not ready", endpoint.ready, endpoint.status)
+    until("it is not ready", endpoint.ready, endpoint.status, SELDOM_S)
     endpoint.await_whole("it is not whole")
-    until("it is not idle", endpoint.is_idle, endpoint.status)
+    until("it is not idle", endpoint.is_idle, endpoint.status, SELDOM_S)
     return endpoint
 
 
@@ -292,7 +297,7 @@ def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) ->
     assert refused.headers["Retry-After"] == "1"
     assert "is ready at" not in endpoint.said
     endpoint.gate.touch()
-    until("it does not say that it is ready", lambda: f"tiny is ready at {endpoint.address}" in endpoint.said)
+    until("it does not say that it is ready", lambda: f"tiny is ready at {endpoint.address}" in endpoint.said, every_s=SELDOM_S)
     assert endpoint.newcomers() == [200] * 20, "whichever HAProxy they meet"
     assert endpoint.complete().status_code == 200
     assert endpoint.http.get("/health").json() == {"status": "ok"}
@@ -427,6 +432,7 @@ def test_streams_with_ids_outlive_their_replica(whole: Endpoint, expected: list[
     whole.await_whole("there is no other replica")
 
 
+@pytest.mark.slow
 def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
     before = whole.processes(WORKER, 2)
     with whole.streams(PROMPTS, LONG) as streams:
@@ -446,14 +452,15 @@ def test_streams_outlive_the_engine_and_the_next_one_takes_over(whole: Endpoint,
     ends = [stream.ended() for stream in streams]
     assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
     assert whole.complete().status_code == 200
-    until("there is no other engine", lambda: set(whole.processes(ENGINE, 1)) - {engine})
-    until("it has not taken over", lambda: any("took over" in words for words in whole.status()["progress"]), whole.status)
+    until("there is no other engine", lambda: set(whole.processes(ENGINE, 1)) - {engine}, every_s=SELDOM_S)
+    until("it has not taken over", whole.was_taken_over, whole.status, SELDOM_S)
     whole.await_whole("a group is missing")
     assert (whole.processes(WORKER, 2), whole.processes(SCHEDULER, 1)) == (ranks, scheduler)
     assert whole.now("epoch") == life
     assert [Stream(whole, prompt).ended().text for prompt in PROMPTS] == expected
 
 
+@pytest.mark.slow
 def test_streams_outlive_the_scheduler(whole: Endpoint, expected: list[str]) -> None:
     assert whole.now("epoch") == 0
     (victim,) = whole.processes(SCHEDULER, 1)

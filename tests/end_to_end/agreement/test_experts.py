@@ -35,7 +35,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder / "quantised", Reference(plain)
 
 
-@pytest.mark.few
+@pytest.mark.few(4)
 @pytest.mark.parametrize("setting", [*SETTINGS, *BY_EXPERT], ids=str)
 def test_the_same_tokens(checkpoint: tuple[Path, Reference], setting: Setting) -> None:
     path, reference = checkpoint

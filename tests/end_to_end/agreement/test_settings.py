@@ -54,7 +54,7 @@ def test_the_same_tokens_as_transformers(
     ledger.require_rare()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("setting", judged_in("float64"), ids=str)
 def test_the_same_outputs_as_one_rank(setting: Setting, checkpoints: dict[str, Path], plain: Plain) -> None:
     with open_setting(checkpoints[setting.architecture], setting) as llm:

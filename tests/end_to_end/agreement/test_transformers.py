@@ -23,7 +23,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return path, Reference(path)
 
 
-@pytest.mark.few
+@pytest.mark.few(3)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_same_tokens(checkpoint: tuple[Path, Reference], setting: Setting) -> None:
     path, reference = checkpoint
@@ -53,7 +53,7 @@ def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return path, Reference(path)
 
 
-@pytest.mark.few
+@pytest.mark.few(2)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_windows_natively(windowed: tuple[Path, Reference], setting: Setting) -> None:
     """Where every layer has one, a sequence holds too little for anybody to be preempted."""

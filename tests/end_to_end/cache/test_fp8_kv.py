@@ -39,7 +39,7 @@ def plain(scaled: Path) -> list[RequestOutput]:
         return run(llm, PROMPTS, SAMPLING)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "setting",
     [
@@ -105,7 +105,7 @@ def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_classes_of_transformers(varied: Path) -> None:
     """Whole prompts without a cache; then in chunks, with a small pool, with hits."""
     prompts = [draw(length, seed=length) for length in (150, 40, 17)]

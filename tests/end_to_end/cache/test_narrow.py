@@ -28,7 +28,7 @@ def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return path, Reference(path)
 
 
-@pytest.mark.few
+@pytest.mark.few(2)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_same_tokens_as_transformers(windowed: tuple[Path, Reference], setting: Setting) -> None:
     outcome = compare(*windowed, setting)

@@ -100,15 +100,15 @@ def plain() -> list[RequestOutput]:
         return [output for one in MIXED for output in run(llm, [one])]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("size", "groups", "depth", "blocks", "budget", "report_steps"),
     [
+        (2, 2, 1, 12, 64, 1),
         (1, 1, 0, None, 2048, 1),
         (2, 1, 0, None, 64, 1),
         (1, 1, 1, None, 2048, 1),
         (1, 1, 1, 16, 33, 4),
-        (2, 2, 1, 12, 64, 1),
     ],
     ids=lambda value: str(value),
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from scheduler.server.scaling import Scaler, ScalingConfig, ScalingDecision
 from scheduler.server.stats import EngineStats, GroupStats
+from tests.shared.examples import examples
 
 BLOCKS = 100
 CONFIG = ScalingConfig()
@@ -199,7 +200,7 @@ class FakeCluster:
 
 
 @given(configs, bounds, st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_bounds_and_cooldowns_hold_whatever_comes(config: ScalingConfig, bounds: tuple[int, int], data: st.DataObject) -> None:
     cluster = FakeCluster(config, bounds)
     idle_since: dict[int, int] = {}
@@ -229,7 +230,7 @@ def test_bounds_and_cooldowns_hold_whatever_comes(config: ScalingConfig, bounds:
     blocks_each=st.sampled_from((1, 8, 10)),
     start_s=st.integers(0, 200),
 )
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_a_constant_load_ends_in_rest(load: int, most: int, packed: bool, blocks_each: int, start_s: int) -> None:
     """A load of so many sequences, 10 to a group, packed or spread: after growing or shrinking once, nothing moves."""
     config = ScalingConfig(scale_idle_s=60, scale_cooldown_s=30)

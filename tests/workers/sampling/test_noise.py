@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.shared.examples import examples
 from workers.sampling import noise
 
 
@@ -26,7 +27,7 @@ def uniform_bits(seed: int, choice: int, position: int, token: int) -> int:
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 127), st.integers(0, 10**6), st.integers(0, 10**6))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_noise_is_its_definition_in_unbounded_integers(seed: int, choice: int, position: int, token: int) -> None:
     streams = np.array([noise.stream(seed, choice)], np.uint64)
     keys = torch.from_numpy(noise.keys(streams, np.array([position])))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scheduler.protocol.messages import NO_TOKEN, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
+from tests.shared.examples import examples
 from workers.sampling import candidates, noise
 from workers.sampling.sampler import Sampled, Sampler
 
@@ -312,7 +313,7 @@ random_requests = st.builds(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(
     requests=st.lists(random_requests, min_size=1, max_size=5),
     size=st.sampled_from([1, 2, 4]),

@@ -14,6 +14,7 @@ from deploy.doors.dialects.tools.families.format import ToolFormat
 from deploy.doors.dialects.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
 from deploy.doors.dialects.tools.tool_calls import ToolCallParser
 from tests.deploy.doors.dialects.tool_calls import whole
+from tests.shared.examples import examples
 
 NAMES: dict[str, dict[str, Any]] = {"get_weather": {}, "add": {}, "f": {}}
 FORMS = (HERMES, LLAMA3_JSON)
@@ -169,7 +170,7 @@ def cuts(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(form=st.sampled_from(FORMS), pieces=cuts(st.lists(st.sampled_from(SIGNS), max_size=40).map("".join)))
 def test_any_text_is_told_the_same_however_it_is_cut(form: ToolFormat, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -203,7 +204,7 @@ def conversations(draw: st.DrawFn) -> tuple[ToolFormat, str, list[Event]]:
     return form, text + space + after, events + told(space + after if after else "")
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(sample=conversations(), data=st.data())
 def test_calls_are_found_with_their_arguments(sample: tuple[ToolFormat, str, list[Event]], data: st.DataObject) -> None:
     form, text, events = sample

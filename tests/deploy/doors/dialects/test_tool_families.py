@@ -23,6 +23,7 @@ from tests.deploy.doors.dialects.tool_calls import (
     called,
     parse,
 )  # fmt: skip
+from tests.shared.examples import examples
 
 MORE: list[tuple[str, str, list[tuple[str, Any]]]] = [
     # values are what the schema says they are, whatever they look like
@@ -179,7 +180,7 @@ SIGNS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(family=st.sampled_from([*TOOL_FORMATS]), signs=st.lists(st.sampled_from(SIGNS), max_size=30), data=st.data())
 def test_any_text_is_told_the_same_however_it_is_cut(family: str, signs: list[str], data: st.DataObject) -> None:
     text = "".join(signs)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import socket
 import threading
 import time
@@ -48,6 +49,11 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
+@functools.cache
+def read_once(checkpoint: Path) -> ServedModel:
+    return ServedModel.read(MODEL, checkpoint, None)
+
+
 class Host:
     """An event loop in a thread of its own, and the services and servers that run on it."""
 
@@ -65,7 +71,7 @@ class Host:
         """A connected service that runs until the host closes."""
 
         async def start() -> Service:
-            service = Service(model or ServedModel.read(MODEL, checkpoint, None), cluster)
+            service = Service(model or read_once(checkpoint), cluster)
             self._services.append(asyncio.create_task(service.run()))
             return service
 

@@ -122,6 +122,7 @@ def test_many_tokens(device: str, kind: str, dtype: torch.dtype, width: int, hid
         assert _off(add_up(parts, routing, held=held, first_held=first), exact) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "biased"), [("mxfp4", True), ("fp8", False), ("int4-32", True)])
 def test_so_many_tokens_that_numbers_are_widened_before(

@@ -1,5 +1,6 @@
 """Thoughts in chat answers: whole and in parts, with all that may be asked beside them."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.frontend.clusters import LocalCluster
-from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, Tokenizer
+from deploy.frontend.service.model import ServedModel
+from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, MODEL, PATIENCE_S, Host, ScriptedCluster
 from tests.deploy.doors.http.openai.test_chat import HELLO, chat
@@ -28,15 +30,16 @@ ANSWER = "Yes, <think> is a tag.\n"
 OUTPUT = f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"
 VOCABULARY = 4096
 
-Checkpoint = Callable[[str], Path]
+Reading = Callable[[str], ServedModel]
 
 
 @pytest.fixture(scope="module", params=["spelled", "tokens"])
-def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Makes a folder like the checkpoint that ships with Manta, with this chat template: the marks of thoughts are spelled, or
+def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reading:
+    """Reads a folder like the checkpoint that ships with Manta, with this chat template: the marks of thoughts are spelled, or
     tokens of their own, for which there are no weights."""
 
-    def make(template: str) -> Path:
+    @functools.cache
+    def read(template: str) -> ServedModel:
         folder = tmp_path_factory.mktemp("thinker")
         for file in EMBEDDED_MODEL.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
@@ -49,20 +52,20 @@ def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             (folder / "tokenizer.json").write_text(json.dumps(settings))
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY + 16}))
-        return folder
+        return ServedModel.read(MODEL, folder, None)
 
-    return make
+    return read
 
 
 class Thinker:
     """A model that says something, and a client of its endpoint."""
 
-    def __init__(self, host: Host, folder: Path, output: str, steps: int, config: ServeConfig) -> None:
-        tokenizer = Tokenizer.load(folder)
+    def __init__(self, host: Host, model: ServedModel, output: str, steps: int, config: ServeConfig) -> None:
+        tokenizer = model.tokenizer
         assert tokenizer is not None
         self.tokenizer = tokenizer
         self.engine = FakeEngine([*tokenizer.encode(output), *tokenizer.encode("<|im_end|>")], steps_per_delta=steps)
-        self.service = host.service(ScriptedCluster(self.engine), folder)
+        self.service = host.service(ScriptedCluster(self.engine), model=model)
         self.address = host.serve(self.service, config)
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
@@ -71,7 +74,7 @@ Speaking = Callable[..., Thinker]
 
 
 @pytest.fixture
-def speaking(host: Host, thinker: Checkpoint) -> Iterator[Speaking]:
+def speaking(host: Host, thinker: Reading) -> Iterator[Speaking]:
     opened: list[Thinker] = []
 
     def speak(output: str, template: str = QWEN_TEMPLATE, steps: int = 1, **config: Any) -> Thinker:
@@ -188,6 +191,7 @@ def parts(model: Thinker, **fields: Any) -> list[Any]:
     return list(model.client.chat.completions.create(**asked))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("steps", [1, 2, 5, 500])
 @pytest.mark.parametrize("tools", [False, True])
 def test_a_stream_says_the_same(speaking: Speaking, steps: int, tools: bool) -> None:
@@ -211,6 +215,7 @@ def test_a_stream_says_the_same(speaking: Speaking, steps: int, tools: bool) -> 
     )
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("steps", [1, 4, 500])
 def test_a_stream_goes_on_behind_each_of_its_events(speaking: Speaking, steps: int) -> None:
     goes_on_behind_each(speaking("<think>\nHm \u4f60.</think>\nYes.\n", steps=steps))

@@ -1,9 +1,7 @@
 """What tests of `/v1/responses` share: requests, raw events held against the official types, and models that say something."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,8 +10,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
+from deploy.frontend.service.model import ServedModel
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host
 from tests.deploy.doors.http.openai.test_reasoning import Thinker
@@ -94,13 +92,12 @@ class Model(Thinker):
 Saying = Callable[..., Model]
 
 
-def make_saying(host: Host, folder: Path, opened: list[Model]) -> Saying:
+def make_saying(host: Host, read: Callable[[str], ServedModel], opened: list[Model]) -> Saying:
+    """read: a model with this chat template."""
+
     def say(output: str, template: str = QWEN_TEMPLATE.replace("<think></think>", "Briefly: "), **config: Any) -> Model:
-        place = folder / f"model{len(opened)}"
-        shutil.copytree(EMBEDDED_MODEL, place)
-        (place / "chat_template.jinja").write_text(template)
         steps = config.pop("steps", 1)
-        opened.append(Model(host, place, output, steps, ServeConfig(**config)))
+        opened.append(Model(host, read(template), output, steps, ServeConfig(**config)))
         return opened[-1]
 
     return say
