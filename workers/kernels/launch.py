@@ -13,6 +13,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.compiler import max_shared_mem
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes
@@ -47,7 +48,7 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory that a program may have: what Triton holds it to."""
     if device.type != "cuda":
         return INTERPRETED_BYTES
-    return int(triton.compiler.max_shared_mem(device.index or 0))
+    return int(max_shared_mem(device.index or 0))
 
 
 def fitting_stages(stages: int, stage_bytes: int, device: torch.device, beside: int = 0) -> int:
