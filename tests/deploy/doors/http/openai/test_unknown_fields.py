@@ -14,11 +14,10 @@ CHAT = "/v1/chat/completions"
 ASKED: dict[str, Any] = {"messages": HELLO, "max_tokens": 2, "temperature": 0}
 
 ELSEWHERE = (
-    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
-    "allowed_token_ids", "bad_words", "add_generation_prompt", "continue_final_message", "documents", "mm_processor_kwargs",
-    "structured_outputs", "structural_tag", "request_id", "return_token_ids", "kv_transfer_params", "vllm_xargs",
-    "include_reasoning", "separate_reasoning", "enable_thinking", "thinking", "thinking_budget", "reasoning", "provider",
-    "transforms", "plugins", "length_penalty", "use_beam_search", "mirostat", "keep_alive", "zzzzz", "frequencies",
+    "skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "documents", "mm_processor_kwargs",
+    "structural_tag", "request_id", "return_token_ids", "kv_transfer_params", "vllm_xargs", "include_reasoning",
+    "separate_reasoning", "enable_thinking", "thinking", "thinking_budget", "reasoning", "provider", "transforms", "plugins",
+    "length_penalty", "mirostat", "keep_alive", "zzzzz", "frequencies",
 )  # fmt: skip
 """What vLLM, SGLang, OpenRouter and Ollama know, or nobody."""
 
