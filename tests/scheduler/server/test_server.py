@@ -553,6 +553,7 @@ def test_a_group_is_whole_since_its_ranks_were_heard_and_its_step_began(served: 
         whole_s: float = served.ask(lambda core: core.groups[group].whole_s)
         return whole_s
 
+    whole_s_after(Beat(0, silent_s=9.0, silent_rank=1))  # it is up
     for troubled in (Beat(0, silent_s=3.0, silent_rank=1), Beat(0, busy_s=3.0, patience_s=9.0)):
         began_s = time.monotonic()
         assert whole_s_after(troubled) < began_s
