@@ -13,7 +13,7 @@ FEWER_BITS_TOKENS = 2  # likewise
 MAX_TOKENS = 64
 MOST_TOKENS = 256  # where W is small
 SMALL_WEIGHT_BYTES = 16 << 20
-MAX_TOKENS_OF_WIDE = 32  # up to which products are cut as for few
+FEW_OF_TILES = 32  # tokens up to which tiles are cut as for few
 MOST_OUTPUTS = 4  # for one input, of products that are not the head's
 FEW = 2  # tokens that `stream` takes
 SMALL_NUMBERS, TINY_NUMBERS = 8 << 20, 1 << 20  # of W
@@ -83,7 +83,7 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool,
         return _small_gated(n, k, tokens) if swiglu else _small_wide(n, k, tokens)
     if n > MOST_OUTPUTS * k:
         return None
-    few = tokens <= MAX_TOKENS_OF_WIDE
+    few = tokens <= FEW_OF_TILES
     if swiglu:
         return _among(n, k, Tiling(64, 64, 4, 4) if few else Tiling(128, 64, 8, 4), WIDE_PROGRAMS)
     return _among(n, k, Tiling(64, 128, 4, 6) if few else Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
@@ -93,7 +93,7 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool,
 
 
 def _small_deep(n: int, k: int, tokens: int) -> Tiling:
-    if tokens <= MAX_TOKENS_OF_WIDE:
+    if tokens <= FEW_OF_TILES:
         return Tiling(32, 128, 4, 4)
     if tokens <= MAX_TOKENS:
         return Tiling(64, 128, 4, 4, tokens=32)
@@ -101,7 +101,7 @@ def _small_deep(n: int, k: int, tokens: int) -> Tiling:
 
 
 def _small_gated(n: int, k: int, tokens: int) -> Tiling | None:
-    if tokens <= MAX_TOKENS_OF_WIDE:
+    if tokens <= FEW_OF_TILES:
         tile = Tiling(32, 128, 4, 6)
     elif tokens <= MAX_TOKENS:
         tile = Tiling(64, 128, 4, 4, tokens=32)
@@ -111,8 +111,8 @@ def _small_gated(n: int, k: int, tokens: int) -> Tiling | None:
 
 
 def _small_wide(n: int, k: int, tokens: int) -> Tiling | None:
-    if tokens <= MAX_TOKENS_OF_WIDE:
-        few = tokens <= MAX_TOKENS_OF_WIDE // 2
+    if tokens <= FEW_OF_TILES:
+        few = tokens <= FEW_OF_TILES // 2
         return _among(n, k, Tiling(64, 64, 4, 8) if few else Tiling(64, 128, 4, 4), WIDE_PROGRAMS if few else 2 * WIDE_PROGRAMS)
     if tokens <= MAX_TOKENS:
         tile = Tiling(64, 64, 4, 8)
@@ -124,7 +124,7 @@ def _small_wide(n: int, k: int, tokens: int) -> Tiling | None:
 def _rounded(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
     """Of FP8: 128 columns at a time, though more would be faster, since tensor cores add these up imprecisely. The best of
     whole steps of the 8B shape with 32 and 64 rows."""
-    small, many = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS, swiglu and tokens > MAX_TOKENS_OF_WIDE
+    small, many = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS, swiglu and tokens > FEW_OF_TILES
     if many and not small:
         return _among(n, k, Tiling(128, 128, 8, 4, rounded=True), WIDE_PROGRAMS)
     tile = Tiling(64, 128, 4, 7 if n <= k else 3 if many else 5, rounded=True)
@@ -137,7 +137,7 @@ def _four_bits(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
         tile, programs = Tiling(32, 256, 2, 3), 800
     elif tokens <= LEAST_TILE_TOKENS:
         tile, programs = Tiling(32, 512, 2, 3), 800 if n > k else 640
-    elif tokens <= MAX_TOKENS_OF_WIDE or swiglu:
+    elif tokens <= FEW_OF_TILES or swiglu:
         tile, programs = Tiling(64, 256, 4, 3), 256 if swiglu else 400
     else:
         tile, programs = Tiling(128, 256, 8, 3), 200
