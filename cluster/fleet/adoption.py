@@ -29,15 +29,23 @@ NewHandle = Callable[[int, int], GroupHandle]
 @dataclass(slots=True)
 class Adopted:
     """next_life: of the scheduler, if none was there to be taken over; None: it lives. epochs: the next of each group.
-    groups: those that run, also those that wait for a scheduler. leaving: which of them were running empty. awaited:
-    those that requests wait for, and nobody starts.
+    groups: those that run, also those that wait for a scheduler. begun: those that come up, and go on from where they are.
+    leaving: which of them were running empty. awaited: those that requests wait for, and nobody starts.
     """
 
     next_life: int | None = 0
     epochs: dict[int, int] = field(default_factory=dict)
     groups: list[GroupHandle] = field(default_factory=list)
+    begun: list[GroupHandle] = field(default_factory=list)
     leaving: list[int] = field(default_factory=list)
     awaited: list[int] = field(default_factory=list)
+
+    def keep(self, handle: GroupHandle) -> None:
+        (self.groups if handle.adopted else self.begun).append(handle)
+        self.epochs[handle.group] = max(self.epochs[handle.group], handle.epoch + 1)
+
+    def has(self, group: int) -> bool:
+        return any(handle.group == group for handle in (*self.groups, *self.begun))
 
 
 def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -> Adopted:
@@ -60,15 +68,14 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
     waiting = _waiting({key: remains for key, remains in found.groups.items() if key[0] not in up}, namespace)
     for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
         handle, said = None, waiting.get((name, started))
-        if any(handle.group == name for handle in adopted.groups):
+        if adopted.has(name):
             pass  # a later epoch of it
         elif name in up:
             handle = _adopt_group(groups[name], remains, new_handle)
-        elif said is not None and said.token == handover.token:
-            handle = _adopted(new_handle(name, said.epoch), remains, waits=True)
+        elif said is not None and said.token in ("", handover.token):
+            handle = _adopted(new_handle(name, said.epoch), remains, said)
         if handle is not None:
-            adopted.groups.append(handle)
-            epochs[name] = max(epochs[name], handle.epoch + 1)
+            adopted.keep(handle)
         else:
             end_group(namespace, remains)
     adopted.leaving = [handle.group for handle in adopted.groups if handle.group in up and groups[handle.group].draining]
@@ -92,11 +99,10 @@ def _take_over_groups(
     waiting = _waiting(found.groups, namespace)
     for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
         handle, said = None, waiting.get((name, started))
-        if said is not None and said.token == (token or said.token) and all(name != kept.group for kept in adopted.groups):
-            handle, token = _adopted(new_handle(name, said.epoch), remains, waits=True), said.token
+        if said is not None and said.token in ("", token or said.token) and not adopted.has(name):
+            handle, token = _adopted(new_handle(name, said.epoch), remains, said), token or said.token
         if handle is not None:
-            adopted.groups.append(handle)
-            epochs[name] = max(epochs[name], handle.epoch + 1)
+            adopted.keep(handle)
         else:
             end_group(namespace, remains)
     if token:
@@ -105,7 +111,7 @@ def _take_over_groups(
 
 
 def _waiting(groups: Mapping[tuple[int, int], Remains], namespace: str) -> dict[tuple[int, int], GroupHandover]:
-    """Those of the groups that no scheduler has whose leaders answer, and whose loops run."""
+    """Those of the groups that no scheduler has whose leaders answer, and whose loops run or have yet to begin."""
     asked = {}
     for key, remains in groups.items():
         with contextlib.suppress(ValueError, KeyError):  # its leader has died
@@ -126,9 +132,13 @@ def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -
     return _adopted(new_handle(serving.group, serving.epoch), remains)
 
 
-def _adopted(handle: GroupHandle, remains: Remains, *, waits: bool = False) -> GroupHandle | None:
+def _adopted(handle: GroupHandle, remains: Remains, waiting: GroupHandover | None = None) -> GroupHandle | None:
+    """waiting: what it says that no scheduler has."""
     try:
-        handle.adopt(remains, waits=waits)
+        if waiting is not None and not waiting.token:
+            handle.adopt_begun(remains)
+        else:
+            handle.adopt(remains, waits=waiting is not None)
     except ValueError as error:
         logger.warning("group %d is not taken over: %s", handle.group, error)
         return None

@@ -69,17 +69,18 @@ class Fleet:
         timeout_s = timeout_s or config.start_timeout_s
         deadline = time.monotonic() + timeout_s
         adopted = self._take_over(progress)
+        keepers = [self._groups.adopt(handle) for handle in adopted.begun]
         missing = max(0, wanted - self.target)
         workers = f"{missing} group(s) of {config.tensor_parallel_size} {self._device} rank(s)"
         if adopted.next_life is not None:
-            self._say(f"starting the scheduler and {workers}", progress)
+            self._say(f"starting the scheduler and {workers}" if missing else "starting the scheduler", progress)
         elif missing:
             self._say(f"starting {workers}", progress)
-        keepers = [self._groups.add(timeout_s) for _ in range(missing)]
+        keepers += [self._groups.add(timeout_s) for _ in range(missing)]
         if adopted.next_life is not None:
             self.scheduler.start(config.start_timeout_s, adopted.next_life)
         self._forget(adopted.awaited)
-        if missing:
+        if keepers:
             self._say(f"loading {config.model}", progress)
         say = in_words(progress, f"{DOWNLOADING} {config.model}")
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
@@ -100,6 +101,8 @@ class Fleet:
         adopted = self._take_over(logger.info)
         if adopted.next_life is not None or not adopted.groups:
             return False
+        for handle in adopted.begun:
+            handle.kill()
         self._forget(adopted.awaited)
         self._wanted, self._ready = self.target, True
         return True
@@ -228,6 +231,8 @@ class Fleet:
         self._groups.epochs |= adopted.epochs
         for handle in adopted.groups:
             self._groups.adopt(handle)
+        if adopted.begun:
+            self._say(f"{len(adopted.begun)} group(s) are coming up already", progress)
         if adopted.next_life is not None and adopted.groups:
             self._say(f"took over {len(adopted.groups)} group(s), which have lost their scheduler", progress)
         elif adopted.next_life is None:

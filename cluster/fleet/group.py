@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import EngineError
-from cluster.fleet.ownership.owner import Owner
+from cluster.fleet.ownership.lasting import Lasting
 from cluster.fleet.ownership.remains import Remains, actor_of
 from scheduler.server.stats import GroupStart
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
@@ -36,7 +36,7 @@ class GroupHandle:
     `kill` ends it at any point.
 
     A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch. epoch: the ranks'
-    present one. owner: where the group is to outlive this process; else its end is the group's.
+    present one. lasting: where the group is to outlive this process; else its end is the group's.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GroupHandle:
         config: WorkerConfig,
         resolved: ResolvedWorker,
         log_format: str,
-        owner: Owner | None = None,
+        lasting: Lasting | None = None,
     ) -> None:
         self.group = group
         self.epoch = epoch
@@ -54,7 +54,7 @@ class GroupHandle:
         self.resources = rank_resources(config, resolved)
         self._config, self._resolved = config, resolved
         self._log_format = log_format
-        self._owner = owner
+        self._lasting = lasting
         self._placement: PlacementGroup | None = None
         self._ranks: list[Any] = []
         self._killed = False
@@ -78,7 +78,17 @@ class GroupHandle:
         rendezvous = _get(self._ranks[0].open.remote(), deadline)
         builds = [rank.build.remote(rendezvous) for rank in self._ranks]
         self._await_all(builds, deadline)
+        self._check()
         self.runs = [rank.run.remote(scheduler) for rank in self._ranks]
+
+    def begin(self, deadline: float) -> None:
+        """As `start`, as far as it goes without a scheduler; does not wait for the ranks to be built. Whoever takes the group
+        over meanwhile goes on from there. Errors: as `start`."""
+        self.place(deadline)
+        self._fetch(_left(deadline))
+        rendezvous = _get(self._ranks[0].open.remote(), deadline)
+        for rank in self._ranks:
+            rank.build.remote(rendezvous)
 
     def place(self, deadline: float) -> None:
         """Finds room and starts the ranks' processes, which takes no scheduler; does nothing if they were started. Errors: as
@@ -86,7 +96,7 @@ class GroupHandle:
         if self._ranks:
             return
         self._check()
-        lasting = self._owner.placement_options(self.group, self.epoch) if self._owner is not None else {}
+        lasting = self._lasting.placement_options(self.group, self.epoch) if self._lasting is not None else {}
         self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK", **lasting)
         while not self._placement.wait(timeout_seconds=min(_left(deadline), PLACEMENT_POLL_S)):
             if self._killed:
@@ -108,25 +118,30 @@ class GroupHandle:
                 max_concurrency=CALLS,
                 max_task_retries=0,
                 scheduling_strategy=strategy,
-                **(self._owner.rank_options(self.group, self.epoch, rank) if self._owner is not None else {}),
+                **(self._lasting.rank_options(self.group, self.epoch, rank) if self._lasting is not None else {}),
             )
             told = (self._config, self._resolved, self.group, self.epoch, rank, _left(deadline), self._log_format)
-            self._ranks.append(options.remote(*told, self._owner.estate if self._owner is not None else None))
-            if self._owner is not None:
-                self._owner.keep(self._ranks[-1])
+            self._ranks.append(options.remote(*told, self._lasting.estate if self._lasting is not None else None))
+            if self._lasting is not None:
+                self._lasting.keep(self._ranks[-1])
 
     def adopt(self, remains: Remains, *, waits: bool = False) -> None:
         """Takes over a group whose loops run, instead of `start`. waits: for a scheduler. Errors: ValueError if a rank of it
         has died."""
-        assert self._owner is not None, "only what is owned outlives its owner"
+        self.adopt_begun(remains)
+        self.adopted, self.waits = True, waits
+        self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
+
+    def adopt_begun(self, remains: Remains) -> None:
+        """Takes over a group that comes up, instead of `place`: `start` does the rest. Errors: as `adopt`."""
+        assert self._lasting is not None, "only what is owned outlives its owner"
         if sorted(remains.ranks) != [*range(self.size)]:
             raise ValueError(f"group {self.group} has ranks {sorted(remains.ranks)} of {self.size}")
         self._placement = remains.placement
-        self._ranks = [actor_of(self._owner.estate.namespace, name) for _, name in sorted(remains.ranks.items())]
+        self._ranks = [actor_of(self._lasting.estate.namespace, name) for _, name in sorted(remains.ranks.items())]
         for rank in self._ranks:
-            self._owner.keep(rank)
-        self.adopted, self.placed, self.waits = True, True, waits
-        self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
+            self._lasting.keep(rank)
+        self.placed = True
 
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
         """The ranks go on as they are for another scheduler, as the next epoch; returns once their leader has greeted it.
@@ -166,8 +181,8 @@ class GroupHandle:
                 logger.exception("group %d, epoch %d could not be ended", self.group, self.epoch)
 
     def _check(self) -> None:
-        if self._owner is not None:
-            self._owner.check()
+        if self._lasting is not None:
+            self._lasting.check()
 
     def _fetch(self, patience_s: float) -> float:
         """The node gets what it lacks of the checkpoint; returns the seconds that it took: as many as it takes, while it goes

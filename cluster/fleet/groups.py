@@ -50,8 +50,8 @@ class Groups:
         self._start(keeper)
         return keeper
 
-    def adopt(self, handle: GroupHandle) -> None:
-        """Keeps one that runs."""
+    def adopt(self, handle: GroupHandle) -> GroupKeeper:
+        """Keeps one that runs, or comes up."""
 
         def new_handle(epoch: int) -> GroupHandle:
             return handle if epoch == handle.epoch else self.handle(handle.group, epoch)
@@ -59,6 +59,7 @@ class Groups:
         with self._lock:
             keeper = self._keep(handle.group, handle.epoch, new_handle, self._config.start_timeout_s)
         self._start(keeper)
+        return keeper
 
     def renew(self, group: int) -> None:
         """Ends one that has run empty and starts it anew, with the next epoch; requests wait for it. Errors: KeyError."""

@@ -44,6 +44,7 @@ from deploy.terminal.display import StartView
 from deploy.terminal.exits import end_by
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
+from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
 from workers.model.sources.find import pinned
 
@@ -183,6 +184,8 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         owns_ray = connect_ray(engine, cpus + config.serve.replicas + SPARE_CPUS, view.say)
         ending = Ending()
         try:
+            if owns_ray:
+                _begin_groups(config)
             heavy.join()
             from deploy.serving import applications
 
@@ -244,6 +247,17 @@ def _haproxy_binary() -> str | None:
 def _import_doors() -> None:
     import deploy.doors.grpc.server
     import deploy.doors.http.app  # noqa: F401
+
+
+def _begin_groups(config: Config) -> None:
+    """The ranks' processes come up beside Serve's."""
+    from cluster.fleet.early import begin_groups
+    from cluster.fleet.estate import namespace_of, version_of
+
+    engine, limits = config.engine, config.serve
+    version = version_of(engine, limits, own_threads(engine))
+    estate = Estate(namespace_of(limits.app_name), version, engine.adoption_timeout_s)
+    begin_groups(engine, own_threads(engine), limits.log_format, estate)
 
 
 @contextlib.contextmanager

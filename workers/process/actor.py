@@ -32,7 +32,7 @@ that was cut off."""
 
 class GroupHandover(NamedTuple):
     """What whoever takes over a group without its scheduler must know. token: the next scheduler's as well, since ranks know
-    each other by it."""
+    each other by it; "" while the group comes up, and has met none."""
 
     epoch: int
     token: str
@@ -61,7 +61,7 @@ class WorkerActor:
         from workers.process.life import RankLife
 
         self._end: Future[str] = Future()
-        self._token: str | None = None
+        self._token = ""
         self._placement = get_current_placement_group()
         self._owner = OwnerWatch(estate.adoption_timeout_s, self._orphaned) if estate is not None else None
         served = self._owner.heard if self._owner is not None else lambda: None
@@ -89,6 +89,8 @@ class WorkerActor:
         its process by itself: whoever would do that has gone, unless its owner is watched for."""
         from workers.process.life import ABANDONED
 
+        if self._token:
+            raise RuntimeError("its loop runs already: another owner has taken the group over")
         self._token = scheduler.token
         try:
             reason = self._life.run(scheduler)
@@ -108,10 +110,8 @@ class WorkerActor:
         self._life.terms.call(Term(scheduler, epoch))
 
     def handover(self) -> GroupHandover | None:
-        """Rank 0 only. None: its loop does not run yet, or any more."""
-        if self._token is None or self._end.done():
-            return None
-        return GroupHandover(self._life.epoch, self._token)
+        """Rank 0 only. None: its loop has ended."""
+        return None if self._end.done() else GroupHandover(self._life.epoch, self._token)
 
     def hold_on(self) -> None:
         """Rank 0 only: if its scheduler has gone, there will be another."""

@@ -6,6 +6,7 @@ Imports `build`, `leader`, `link` and `parallel`; no ray: `actor` is its shell.
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ class RankLife:
         self._listener: socket.socket | None = None
         self._comm: JoinedGroup | None = None
         self._built: Built | None = None
+        self._failure: BaseException | None = None
         self._rendezvous: Rendezvous | None = None
+        self._beginning, self._building = threading.Lock(), threading.Lock()
         self.phase = ("placing", 0, 0)
         """What `fetch` or `build` is doing: its name, how much is done, how much there is."""
 
@@ -81,11 +84,15 @@ class RankLife:
         return self._epoch
 
     def open(self) -> Rendezvous:
-        """Rank 0 only: opens the ports at which its peers meet it."""
-        self._listener = listen(self._host)
-        with listen(self._host) as probe:
-            store_port = probe.getsockname()[1]
-        return Rendezvous(self._host, store_port, self._listener.getsockname()[1])
+        """Rank 0 only: opens the ports at which its peers meet it. Asked again, by whoever has taken the group over, they are
+        the same."""
+        with self._beginning:
+            if self._rendezvous is None:
+                self._listener = listen(self._host)
+                with listen(self._host) as probe:
+                    store_port = probe.getsockname()[1]
+                self._rendezvous = Rendezvous(self._host, store_port, self._listener.getsockname()[1])
+            return self._rendezvous
 
     def fetch(self) -> float:
         """What this node lacks of the checkpoint is downloaded; returns the seconds that it took. Before `build`, where other
@@ -101,7 +108,20 @@ class RankLife:
         return time.monotonic() - begun_s
 
     def build(self, rendezvous: Rendezvous) -> int:
-        """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time."""
+        """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time. Asked
+        again, by whoever has taken the group over, this waits for what was begun: its result or its error."""
+        with self._building:
+            if self._failure is not None:
+                raise self._failure
+            if self._built is None:
+                try:
+                    self._built = self._build(rendezvous)
+                except BaseException as error:
+                    self._failure = error
+                    raise
+            return self._built.sizes.blocks
+
+    def _build(self, rendezvous: Rendezvous) -> Built:
         address = f"{rendezvous.host}:{rendezvous.store_port}"
         device = torch.device("cuda", 0) if self._resolved.device == "cuda" else torch.device("cpu")
         self._rendezvous = rendezvous
@@ -109,10 +129,10 @@ class RankLife:
             self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s,
             custom_all_reduce=self._config.custom_all_reduce,
         )  # fmt: skip
-        self._built = build_rank(self._config, self._resolved, self._comm, self._enter)
+        built = build_rank(self._config, self._resolved, self._comm, self._enter)
         self._comm.wait_at_most(STEP_TIMEOUT_S)
         settle()
-        return self._built.sizes.blocks
+        return built
 
     def _enter(self, phase: str, done: int, total: int) -> None:
         self.phase = (phase, done, total)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from cluster.fleet.ownership.claim import OwnerClaim
+from cluster.fleet.ownership.lasting import Lasting
 from scheduler.protocol.orphans import Estate
 from scheduler.protocol.silence import Silence
 
@@ -28,14 +29,14 @@ DEAF_ROUNDS = 2.5
 ACTORS = 0
 
 
-class Owner:
+class Owner(Lasting):
     """Whoever owns an estate: says so to each of its actors, in a thread, until `close`. Ends its process once another owns it.
 
     deaf: nobody answers who has done so before: it is cut off.
     """
 
     def __init__(self, estate: Estate) -> None:
-        self.estate = estate
+        super().__init__(estate)
         self.deaf = False
         self._claim = OwnerClaim(estate)
         self._silence = Silence(time.monotonic(), LOOK_S)
@@ -46,18 +47,6 @@ class Owner:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-owner", daemon=True)
         self._thread.start()
-
-    def scheduler_options(self, life: int) -> dict[str, Any]:
-        return self._detached(f"scheduler/{life}")
-
-    def rank_options(self, group: int, epoch: int, rank: int) -> dict[str, Any]:
-        return self._detached(f"group/{group}/{epoch}/{rank}")
-
-    def placement_options(self, group: int, epoch: int) -> dict[str, Any]:
-        return {"name": f"{self.estate.prefix}group/{group}/{epoch}", "lifetime": "detached"}
-
-    def _detached(self, name: str) -> dict[str, Any]:
-        return {"name": f"{self.estate.version}/{name}", "namespace": self.estate.namespace, "lifetime": "detached"}
 
     def keep(self, actor: Any) -> None:
         """From now on, until it dies."""

@@ -19,12 +19,16 @@ from ray.util.placement_group import placement_group_table
 
 from benchmarks.chaos.faults import cut
 from cluster.engine import EngineError, OnDeltas, OnFailure
+from cluster.fleet.group import GroupHandle
+from cluster.fleet.ownership.lasting import Lasting
 from cluster.fleet.ownership.remains import end, find, latest_scheduler
+from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
+from scheduler.protocol.orphans import Estate
 from tests.cluster.fleet.fleet_owner import NAMESPACE, TINY, config, version
 from tests.shared.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
 from tests.shared.ray_heads import ray_head
@@ -50,14 +54,15 @@ def until(what: str, true: Callable[[], bool]) -> None:
 class Owner:
     """Of the fleet, until it is killed."""
 
-    def __init__(self, address: str, log: Path, timeout_s: float, **options: int) -> None:
+    def __init__(self, address: str, log: Path, timeout_s: float, said: str = "ready", **options: int) -> None:
+        """said: what is waited for."""
         command = [sys.executable, "-m", "tests.cluster.fleet.fleet_owner", address, str(timeout_s)]
         command += [f"{name}={value}" for name, value in options.items()]
         self._log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[3])
-        until("it is not ready", lambda: "ready" in self.said or self.process.poll() is not None)
-        assert "ready" in self.said, self.said
+        until(f"it is not {said}", lambda: said in self.said or self.process.poll() is not None)
+        assert said in self.said, self.said
 
     @property
     def said(self) -> list[str]:
@@ -83,7 +88,7 @@ def own(address: str, tmp_path: Path) -> Iterator[Callable[..., Owner]]:
     """Owners, one after the other. Nothing is left of the last one's fleet afterwards."""
     owners: list[Owner] = []
 
-    def start(timeout_s: float, **options: int) -> Owner:
+    def start(timeout_s: float, **options: Any) -> Owner:
         owners.append(Owner(address, tmp_path / f"owner{len(owners)}.log", timeout_s, **options))
         return owners[-1]
 
@@ -190,6 +195,32 @@ def test_groups_that_an_owner_leaves_without_a_scheduler_are_taken_over(
         assert tokens(streams) == expected
         assert all_named(WORKER, 2) == ranks, "no weights were read again"
         lose_a_rank(opened, ranks, expected)
+
+
+def test_groups_that_nobody_owns_yet_go_on_coming_up_for_their_owner(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
+    """As an endpoint begins them beside Serve's start, and as an owner leaves them that dies at its own."""
+    wanted = config()
+    lasting = Lasting(Estate(NAMESPACE, version(wanted), FOREVER_S))
+    for number in range(2):
+        GroupHandle(number, 0, wanted, plan(wanted), "text", lasting).begin(time.monotonic() + PATIENCE_S)
+    ranks = all_named(WORKER, 2)
+    first = own(FOREVER_S, said="2 group(s) are coming up already")
+    assert "took over" not in "".join(first.said)
+    until("it is not ready", lambda: "ready" in first.said)
+    with front_end() as opened:
+        assert tokens(submit(opened)) == expected
+        assert all_named(WORKER, 2) == ranks, "they are those that were begun"
+        lose_a_rank(opened, ranks, expected)
+
+
+def test_what_comes_up_and_finds_no_owner_ends_by_itself() -> None:
+    wanted = config(groups=1)
+    lasting = Lasting(Estate(NAMESPACE, version(wanted), SOON_S))
+    GroupHandle(0, 0, wanted, plan(wanted), "text", lasting).begin(time.monotonic() + PATIENCE_S)
+    assert not wait_gone({*all_named(WORKER, 1)}, PATIENCE_S)
+    until("a place is still taken", lambda: not placements())
 
 
 def test_a_group_that_is_cut_off_while_nobody_owns_it_comes_back_with_the_next_owner(

@@ -217,3 +217,31 @@ def test_a_group_that_hears_of_no_scheduler_ends_itself(servers: list[Served], s
     assert group.join() == [ABANDONED] * size
     with pytest.raises(ConnectionError):
         group.rejoin(servers[1], 1)
+
+
+def test_whoever_takes_a_group_over_that_comes_up_gets_what_was_begun(servers: list[Served]) -> None:
+    """Its ports, and of a build that is under way the same rank."""
+    group = Group(address(servers[0]))
+    life, built = group.ranks[0], threading.Event()
+    rendezvous = life.open()
+    blocks: list[int] = []
+
+    def build() -> None:
+        blocks.append(life.build(rendezvous))
+        built.set()
+
+    threading.Thread(target=build, daemon=True).start()
+    assert built.wait(PATIENCE_S)
+    rank = life._built
+    assert (life.open(), life.build(rendezvous), life._built) == (rendezvous, blocks[0], rank)
+    assert answer(servers[0], PROMPT)[1].tokens == 40
+    close(servers[0])
+    group.join()
+
+
+def test_whoever_takes_a_group_over_is_told_why_it_cannot_be_built(servers: list[Served]) -> None:
+    group = Group(address(servers[0]), kv_memory=1)
+    (reason,) = group.join()
+    assert isinstance(reason, ValueError)
+    with pytest.raises(ValueError, match=str(reason)[:30]):
+        group.ranks[0].build(group.ranks[0].open())

@@ -98,7 +98,7 @@ class GpuParts:
         """Whatever steps of all sizes launch. A second time it costs nothing."""
         if self._spec.device.type != "cuda" or self._threads:
             return  # interpreted; or of several threads, of which none may wait for another here
-        with compiling_ahead():
+        with compiling_ahead(), runner.representatives():
             for size in ladder(self._most):
                 runner.run_padding(size)
             for size in chunk_ladder(self._largest):

@@ -9,6 +9,7 @@ Imports torch and the tensor side of the room.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -157,6 +158,10 @@ class GpuRunner:
             self._chunk_inputs.clear,
         )  # fmt: skip
         return graphs
+
+    def representatives(self) -> AbstractContextManager[None]:
+        """Inside, what is run here runs one layer of each kind, where the model can do so: for what shall be launched once."""
+        return self._pools.representatives() if self._pools is not None else nullcontext()
 
     @torch.inference_mode()
     def run_padding(self, size: int) -> None:

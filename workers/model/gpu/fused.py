@@ -13,6 +13,9 @@ Everything is driven by device tensors, so a step of decodes can be captured in 
 the weights' holders.
 """
 
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -84,9 +87,10 @@ class FusedDecoder:
 
     def __init__(self, decoder: Decoder, pool: KVPool | KVPools, scratch_slot: int | None = None) -> None:
         self.pool = pool
+        self._numbers: Sequence[int] = range(len(decoder.layers))
         self._narrow = pool.kinds.narrow if isinstance(pool, KVPools) else (False,) * len(decoder.layers)
         self.shape = decoder.shape
-        self._layers = decoder.layers
+        self._layers, self._forms = decoder.layers, decoder.forms
         self._outer = decoder.outer
         self.expert_counts = decoder.expert_counts
         self.classifier = decoder.classifier.weight if decoder.classifier is not None else None
@@ -128,6 +132,25 @@ class FusedDecoder:
             return self._few(tokens, positions, slots, attend)
         return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
 
+    @contextmanager
+    def representatives(self) -> Iterator[None]:
+        """Inside, steps compute one layer of each kind alone: what a whole one launches, at a fraction of the host's time."""
+        kinds = [self._kind(number) for number in range(len(self._layers))]
+        first = {pair: number for number, pair in reversed([*enumerate(pairwise(kinds))])}  # a norm is left to the next layer
+        self._numbers = [*sorted(first.values()), len(kinds) - 1]
+        try:
+            yield
+        finally:
+            self._numbers = range(len(kinds))
+
+    def _kind(self, number: int) -> Hashable:
+        """What a layer's kernels depend on."""
+        layer, dense = self._layers[number], isinstance(self._layers[number].mlp, SwiGLU)
+        linears = [layer.qkv, layer.o, *((layer.mlp.gate_up, layer.mlp.down) if isinstance(layer.mlp, SwiGLU) else ())]
+        bits = [16 if linear.reduced is None else linear.reduced.bits for linear in linears]
+        weights = *((linear.out_features, linear.in_features) for linear in linears), *bits
+        return dense, self._narrow[number], self._forms[number], weights
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden [wanted, hidden], as `logits` has them."""
         return self._outer.head(hidden)
@@ -141,7 +164,8 @@ class FusedDecoder:
         hidden, normed = self._embed(tokens)
         live = self._live(slots)
         last = len(self._layers) - 1
-        for number, layer in enumerate(self._layers):
+        for number in self._numbers:
+            layer = self._layers[number]
             projected = layer.qkv(normed, adapters)
             if rows is not None and number == last and not len(rows):
                 self._query(number, layer, projected, positions, slots)
@@ -202,7 +226,8 @@ class FusedDecoder:
         ready: Ready | None = normed
         live = self._live(slots)
         last, head = len(self._layers) - 1, self._outer.head
-        for number, layer in enumerate(self._layers):
+        for number in self._numbers:
+            layer = self._layers[number]
             projected = self._of_norm(hidden, ready, layer.input_norm.weight, layer.qkv)
             attended = self._attended(attend, number, layer, projected, positions, slots, self._pdl)
             mlp, norm = layer.mlp, layer.mlp_norm.weight

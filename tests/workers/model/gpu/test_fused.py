@@ -116,6 +116,37 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "computed"),
+    [
+        ("llama", {}, [0, 5]),
+        ("gpt_oss", {"layer_types": ["sliding_attention", "full_attention"] * 3}, [0, 1, 5]),  # each before the other
+        ("gpt_oss", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"] * 2}, [0, 3, 4, 5]),
+    ],
+)
+def test_layers_of_one_kind_are_represented_by_one(
+    family: str, fields: dict[str, Any], computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("linear", "experts"):
+        monkeypatch.setattr(f"workers.model.layers.{module}.can_pack", lambda *_: False)
+    path = make(family, tmp_path, num_hidden_layers=6, vocab_size=37, hidden_size=32, intermediate_size=48, **fields)
+    fused, step, attended = Fused(path, torch.float32), make_step([(0, 0, [7, 8, 9])]), []
+    attend = fused.attention.attend
+
+    def counted(layer: int, *rest: Any) -> Tensor:
+        attended.append(layer)
+        return attend(layer, *rest)
+
+    monkeypatch.setattr(fused.attention, "attend", counted)
+    expected = fused.logits(step)
+    assert attended == [*range(6)]
+    attended.clear()
+    with fused.fused.representatives():
+        fused.logits(step)
+    assert attended == computed
+    assert torch.equal(fused.logits(step), expected), "all of them again"
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("variant", "dtype"), [*((name, torch.float32) for name in VARIANTS), ("qwen3", torch.bfloat16)])
 def test_it_equals_the_plain_decoder(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
