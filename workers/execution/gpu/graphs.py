@@ -5,6 +5,7 @@ A graph replays the launches of one step, so a step costs the host one call. Siz
 
 import bisect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,18 +64,21 @@ class StepGraphs:
         return self.sizes[at] if at < len(self.sizes) else None
 
     def capture(
-        self, launch: Launch, captured: Callable[[int], None] = lambda _: None, prepare: Callable[[int], None] = lambda _: None
-    ) -> None:
+        self, launch: Launch, captured: Callable[[int], None] = lambda _: None, prepare: Callable[[int], None] = lambda _: None,
+        warming: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
         """Captures all sizes, the largest first, so that the smaller ones fit into its memory. captured: told how many are.
-        prepare: called before each size, whose inputs must make sense when it is warmed up."""
+        prepare: called before each size, whose inputs must make sense when it is warmed up. warming: what it is warmed up in,
+        where `launch` may do less, if each of its kernels is among that."""
         for done, size in enumerate(reversed(self.sizes), start=1):
             prepare(size)
+            with warming():
+                for _ in range(WARM_UPS if size == self.sizes[-1] else 1):
+                    launch(size)
             self._captured[size] = self._capture(launch, size)
             captured(done)
 
     def _capture(self, launch: Launch, size: int) -> CapturedStep:
-        for _ in range(WARM_UPS if size == self.sizes[-1] else 1):
-            launch(size)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # not torch.cuda.graph: it collects garbage at each entry, which takes longer than the capture

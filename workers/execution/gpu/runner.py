@@ -151,11 +151,14 @@ class GpuRunner:
         self, decodes: Sequence[int], tokens: Sequence[int], captured: Callable[[int], None], *, adapted: bool
     ) -> Graphs:  # fmt: skip
         graphs = Graphs(StepGraphs(decodes), StepGraphs(decodes), StepGraphs(tokens))
-        graphs.whole.capture(partial(self._decode_and_sample, adapted=adapted), captured)
-        graphs.unsampled.capture(partial(self._decode, adapted=adapted), lambda done: captured(len(decodes) + done))
+        warming = self.representatives
+        graphs.whole.capture(partial(self._decode_and_sample, adapted=adapted), captured, warming=warming)
+        graphs.unsampled.capture(
+            partial(self._decode, adapted=adapted), lambda done: captured(len(decodes) + done), warming=warming
+        )
         graphs.prefills.capture(
             partial(self._prefill_padded, adapted=adapted), lambda done: captured(2 * len(decodes) + done),
-            self._chunk_inputs.clear,
+            self._chunk_inputs.clear, warming,
         )  # fmt: skip
         return graphs
 
