@@ -6,6 +6,7 @@ linears and the embedding (the spirit of gpt-fast's tp.py).
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,15 @@ class Layer:
         if self.qk_norm is None:
             return None, None
         return self.qk_norm.weight[0], self.qk_norm.weight[self._shape.heads]
+
+    def operands(self) -> Iterator[object]:
+        """What its products read: weights, in whatever form they are kept, and biases."""
+        mixture = self.mlp if isinstance(self.mlp, Mixture) else None
+        dense = self.mlp.shared if isinstance(self.mlp, Mixture) else self.mlp
+        for linear in (self.qkv, self.o, *((dense.gate_up, dense.down) if dense is not None else ())):
+            yield from (linear.operand, linear.bias)
+        if mixture is not None:
+            yield from (mixture.experts.gate_up, mixture.experts.down, mixture.experts.gate_up_bias)
 
     def pieces(self) -> list[Piece]:
         name = f"model.layers.{self._number}"

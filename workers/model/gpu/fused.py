@@ -15,6 +15,7 @@ the weights' holders.
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -145,11 +146,8 @@ class FusedDecoder:
 
     def _kind(self, number: int) -> Hashable:
         """What a layer's kernels depend on."""
-        layer, dense = self._layers[number], isinstance(self._layers[number].mlp, SwiGLU)
-        linears = [layer.qkv, layer.o, *((layer.mlp.gate_up, layer.mlp.down) if isinstance(layer.mlp, SwiGLU) else ())]
-        bits = [16 if linear.reduced is None else linear.reduced.bits for linear in linears]
-        weights = *((linear.out_features, linear.in_features) for linear in linears), *bits
-        return dense, self._narrow[number], self._forms[number], weights
+        layer = self._layers[number]
+        return self._narrow[number], self._forms[number], *map(_described, layer.operands())
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden [wanted, hidden], as `logits` has them."""
@@ -321,3 +319,10 @@ class FusedDecoder:
 
 def _of_kind(slots: Slots, narrow: bool) -> Tensor:
     return slots[narrow] if isinstance(slots, tuple) else slots
+
+
+def _described(operand: object) -> Hashable:
+    """Shapes and dtypes of what a kernel reads."""
+    if isinstance(operand, Tensor):
+        return *operand.shape, operand.dtype
+    return tuple(_described(getattr(operand, field.name)) for field in fields(operand)) if is_dataclass(operand) else operand
