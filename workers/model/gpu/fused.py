@@ -8,6 +8,8 @@
         product · norm of heads, rotation and KV write (or in the attention) · attention · O product, residual add and what the
         next norm needs · gate/up product and SwiGLU · down product, residual add and what the next norm needs
         (up to 2 tokens a product norms what it reads; where a neighbour cannot leave or take up a norm, it is a launch)
+    few tokens with adapters, the nine: a product's launch also makes what every adapter's A gives, and the kernel that reads
+        it adds B's part (`kernels.lora.up`)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
