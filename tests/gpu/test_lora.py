@@ -45,17 +45,18 @@ def judges(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return found
 
 
-@pytest.mark.parametrize("slots", [3, 1])
-def test_float32_equals_transformers_with_graphs_and_without(slots: int, judges: Judges) -> None:
+@pytest.mark.parametrize(("slots", "largest"), [(3, 64), (1, 64), (2, 32)])
+def test_float32_equals_transformers_with_graphs_and_without(slots: int, largest: int, judges: Judges) -> None:
+    """Up to 32 a rank's own launches are none in steps of few rows (`docs/lora.md`)."""
     path: Path = judges[None][0].path
     options = {"max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
-    names = [*judges] * len(PROMPTS)
+    names = [name for name in judges if RANKS.get(name or "", 0) <= largest] * len(PROMPTS)
     works = [
         Work(prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True), adapter=judges[name][1])
         for prompt, count, name in zip(PROMPTS, OUTPUTS, names, strict=False)
     ]
-    grammars = [replace(constrained(12, seed), adapter=judges[name][1]) for seed, name in enumerate(judges)]
-    with contextlib.closing(loop(path, **options, max_loras=slots, max_lora_rank=64, lora_experts=True)) as rank:
+    grammars = [replace(constrained(12, seed), adapter=judges[name][1]) for seed, name in enumerate(dict.fromkeys(names))]
+    with contextlib.closing(loop(path, **options, max_loras=slots, max_lora_rank=largest, lora_experts=True)) as rank:
         runner = rank.rank.executor
         assert isinstance(runner, GpuRunner)
         assert runner._adapted is not None
@@ -66,5 +67,5 @@ def test_float32_equals_transformers_with_graphs_and_without(slots: int, judges:
         judges[name][0].require_best(lease, f"{name}, graphs")
         judges[name][0].require_same(lease, other, f"{name}, graphs and single launches")
     assert [lease.tokens for lease in ruled] == [lease.tokens for lease in eager_ruled]
-    for judge, _ in judges.values():
-        judge.require_rare()
+    for name in dict.fromkeys(names):
+        judges[name][0].require_rare()

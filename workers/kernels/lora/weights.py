@@ -5,13 +5,18 @@ them. Imports torch.
     └──▶ A[slot] ──▶ B[slot] ───┘          the ranks' sums meet behind it, as those of the weight do
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 LEAST_RANK = 16
 """What ranks are padded to, at least: tensor cores multiply no less."""
+
+FEW_ROWS = 64
+WIDEST_BEHIND, MOST_BEHIND = 32, 512
+"""The rank, and the ranks of all slots together, up to which A is read behind its weight whoever has which adapter: 512 are 8%
+more of an 8B model's weights."""
 
 
 class LoraWeights:
@@ -38,6 +43,11 @@ class LoraWeights:
         a = torch.zeros(*each, len(rows) * rank, in_features, dtype=dtype, device=device)
         return cls(a, torch.zeros(*each, sum(rows), rank, dtype=dtype, device=device), rows)
 
+    def rises_in_rows(self, rows: int) -> bool:
+        """Whether kernels that read so many rows of the product add the adapters' part themselves: by shape alone, so that a
+        graph keeps it."""
+        return rows <= FEW_ROWS and stands_behind(len(self.b), self.rank)
+
     def of(self, expert: int) -> "LoraWeights":
         """One expert's, in the same memory."""
         return LoraWeights(self.a[:, expert], self.b[:, expert], self.rows)
@@ -55,6 +65,23 @@ class LoraWeights:
 def padded_rank(rank: int) -> int:
     """A power of two."""
     return max(LEAST_RANK, 1 << (rank - 1).bit_length())
+
+
+def stands_behind(slots: int, rank: int) -> bool:
+    """Whether A of so many slots is short enough that one product reads it behind the weight. rank: padded."""
+    return rank <= WIDEST_BEHIND and slots * rank <= MOST_BEHIND
+
+
+class Awaited(NamedTuple):
+    """The adapters' part of a product, B[slot of row] low[row, slot of row], which the kernel that reads the product adds.
+
+    low: [rows, slots * parts * rank], what the A of every slot makes of each row; rows may lie apart. b: [slots, out, rank],
+    contiguous. slots: [rows] int32, each row's; negative: it has no adapter.
+    """
+
+    low: Tensor
+    b: Tensor
+    slots: Tensor
 
 
 class StepAdapters(Protocol):

@@ -9,22 +9,35 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import enter, interpreted, warps_for
+from workers.kernels.lora.up import RANKS, columns_of, operands, raised, rank_of, slot_of
+from workers.kernels.lora.weights import Awaited
 from workers.kernels.reduced import Rounded
 from workers.kernels.rows.rounding import store_rounded
 
+MOST_OF_B = 65536
+"""Numbers that a program holds at a time."""
+
 
 @triton.jit(do_not_specialize=["padded"])
-def _rms_norm(x, delta, weight, out, scales, x_stride, delta_stride, out_stride, padded, eps, WIDTH: tl.constexpr,
-              BLOCK: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program norms one row, after adding `delta` to it where ADD. GROUP: columns that share a scale of FP8; 0: plain."""
+def _rms_norm(x, delta, weight, out, scales, low, b, slots, x_stride, delta_stride, out_stride, low_stride, padded, eps,
+              WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr,
+              RANKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program norms one row, after adding `delta` to it where ADD. GROUP: columns that share a scale of FP8; 0: plain.
+    RANK: of the adapters whose part `delta` awaits, RANKS at a time; 0: it is whole."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        slot, there = slot_of(slots, row)
+        own, wanted = b + slot * (WIDTH * RANK), inside & there
+        columns = columns_of(own, at, wanted, 0, RANK, RANKS, 1)
     enter(PDL)
     value = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(delta + row * delta_stride + at, mask=inside, other=0.0).to(tl.float32)
+        if RANK > 0:
+            value += raised(columns, own, low + row * low_stride + slot * RANK, at, wanted, there, RANK, RANKS, 1)
         rounded = value.to(x.dtype.element_ty)
         tl.store(x + row * x_stride + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -44,11 +57,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *
 
 
 def add_rms_norm(
-    hidden: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, pdl: bool = False
-) -> Tensor:
-    """hidden [tokens, width] += delta, in place and rounded to its dtype -> the norm of that sum, [tokens, width]."""
+    hidden: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, awaited: Awaited | None = None,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """hidden [tokens, width] += delta, in place and rounded to its dtype -> the norm of that sum, [tokens, width].
+    awaited: what adapters add to delta yet, of one part."""
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if out is None else out
-    _launch(hidden, delta, weight, eps, out, pdl)
+    _launch(hidden, delta, weight, eps, out, pdl, awaited)
     return out
 
 
@@ -61,15 +76,21 @@ def rounded_norm(
     return out
 
 
-def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | Rounded, pdl: bool) -> None:
+def _launch(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | Rounded, pdl: bool,
+    awaited: Awaited | None = None,
+) -> None:  # fmt: skip
     tokens, width = x.shape
     if not tokens:
         return
     pdl = pdl and not interpreted()
     added = x if delta is None else delta
     values, scales, group = (out.values, out.scales, out.group) if isinstance(out, Rounded) else (out, out, 0)
+    block, rank = int(triton.next_power_of_2(width)), rank_of(awaited)
+    low, b, slots, low_stride = operands(awaited)
+    ranks = max(1, min(RANKS, MOST_OF_B // block))
     _rms_norm[(tokens,)](
-        x, added, weight, values, scales, x.stride(0), added.stride(0), values.stride(0), len(values), eps, WIDTH=width,
-        BLOCK=triton.next_power_of_2(width), GROUP=group, ADD=delta is not None, PDL=pdl, num_warps=warps_for(width),
-        launch_pdl=pdl,
+        x, added, weight, values, scales, low, b, slots, x.stride(0), added.stride(0), values.stride(0), low_stride,
+        len(values), eps, WIDTH=width, BLOCK=block, GROUP=group, ADD=delta is not None, RANK=rank, RANKS=ranks, PDL=pdl,
+        num_warps=warps_for(width * ranks if rank else width), launch_pdl=pdl,
     )  # fmt: skip

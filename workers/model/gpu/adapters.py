@@ -9,7 +9,7 @@ from workers.kernels.launch import may_start_early
 from workers.kernels.lora.experts import low_rank
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
-from workers.kernels.lora.weights import LoraWeights
+from workers.kernels.lora.weights import Awaited, LoraWeights
 
 
 class DeviceRows:
@@ -25,6 +25,10 @@ class DeviceRows:
         if self._grouped is None:
             self._grouped = group(self._slots, self._count)
         add_low_rank(product, x, weights.a, weights.b, weights.rows, self._grouped, pdl=self._pdl)
+
+    def awaited(self, weights: LoraWeights, low: Tensor) -> Awaited:
+        """What a product gets added by whoever reads it. low: [rows, slots * parts * rank], of every slot."""
+        return Awaited(low, weights.b, self._slots)
 
     def of_pairs(
         self, weights: LoraWeights, x: Tensor, routing: Routing, *, by_token: bool, in_turns: bool = False

@@ -8,6 +8,8 @@
         product · norm of heads, rotation and KV write (or in the attention) · attention · O product, residual add and what the
         next norm needs · gate/up product and SwiGLU · down product, residual add and what the next norm needs
         (up to 2 tokens a product norms what it reads; where a neighbour cannot leave or take up a norm, it is a launch)
+    few tokens with adapters, the nine: a product's launch also makes what every adapter's A gives, and the kernel that reads
+        it adds B's part (`kernels.lora.up`)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
@@ -26,6 +28,7 @@ from kvcache.pool import KVPool, KVPools
 from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.launch import may_start_early
+from workers.kernels.lora.weights import Awaited
 from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import matvec
 from workers.kernels.products.prenormed import Prenormed
@@ -164,22 +167,22 @@ class FusedDecoder:
         last = len(self._layers) - 1
         for number in self._numbers:
             layer = self._layers[number]
-            projected = layer.qkv(normed, adapters)
+            projected, awaited = self._part(layer.qkv, normed, adapters)
             if rows is not None and number == last and not len(rows):
-                self._query(number, layer, projected, positions, slots)
+                self._query(number, layer, projected, positions, slots, awaited=awaited)
                 return hidden[:0]  # the last layer's KV is all that was wanted
-            attended = self._attended(attend, number, layer, projected, positions, slots, self._pdl)
+            attended = self._attended(attend, number, layer, projected, positions, slots, self._pdl, awaited)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
                 live = None if live is None else live.index_select(0, rows)
                 adapters = adapters.at(rows) if adapters is not None else None
             mlp = layer.mlp.gate_up if isinstance(layer.mlp, SwiGLU) else None
             normed = self._add_norm(
-                hidden, layer.o.partial(attended, adapters), layer.mlp_norm.weight, self._rounding(mlp, hidden, adapters)
+                hidden, *self._part(layer.o, attended, adapters), layer.mlp_norm.weight, self._rounding(mlp, hidden, adapters)
             )
             following = self._layers[number + 1].qkv if number < last else None
             normed = self._add_norm(
-                hidden, self._mlp(number, layer, normed, live, adapters), self._next_norms[number],
+                hidden, *self._mlp(number, layer, normed, live, adapters), self._next_norms[number],
                 self._rounding(following, hidden, adapters),
             )  # fmt: skip
         assert isinstance(normed, Tensor), "the head's is plain"
@@ -187,25 +190,39 @@ class FusedDecoder:
 
     def _mlp(
         self, number: int, layer: Layer, normed: Tensor | Rounded, live: Tensor | None, adapters: DeviceRows | None
-    ) -> Tensor:  # fmt: skip
-        """This rank's part of the sum."""
+    ) -> tuple[Tensor, Awaited | None]:  # fmt: skip
+        """This rank's part of the sum, and what is to be added to it yet."""
         if isinstance(layer.mlp, Mixture):
             assert isinstance(normed, Tensor), "experts' weights are plain"
-            return self._mixtures[number](normed, live, adapters=adapters, pdl=self._pdl)
-        down, gate_up = layer.mlp.down, layer.mlp.gate_up(normed, adapters)
+            return self._mixtures[number](normed, live, adapters=adapters, pdl=self._pdl), None
+        down, (gate_up, awaited) = layer.mlp.down, self._part(layer.mlp.gate_up, normed, adapters)
         weight = self._rounding(down, gate_up, adapters)
-        act = silu_mul(gate_up, pdl=self._pdl) if weight is None else silu_mul_rounded(gate_up, weight.group, pdl=self._pdl)
-        return down.partial(act, adapters)
+        if weight is not None:
+            return self._part(down, silu_mul_rounded(gate_up, weight.group, pdl=self._pdl), adapters)
+        return self._part(down, silu_mul(gate_up, awaited=awaited, pdl=self._pdl), adapters)
 
-    def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor, weight: Reduced | None) -> Tensor | Rounded:
-        """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that, rounded for `weight` if given."""
+    def _part(
+        self, linear: Linear, x: Tensor | Rounded, adapters: DeviceRows | None
+    ) -> tuple[Tensor, Awaited | None]:  # fmt: skip
+        """The product, or this rank's part of it, and what adapters add to it yet, where the kernel that reads it does that."""
+        if adapters is None or linear.lora is None or self.shape.size > 1 or not linear.lora.rises_in_rows(len(x)):
+            return linear.partial(x, adapters), None
+        assert isinstance(x, Tensor), "adapters are multiplied by what has not been rounded"
+        part, low = linear.lowered(x)
+        return part, adapters.awaited(linear.lora, low)
+
+    def _add_norm(
+        self, hidden: Tensor, part: Tensor, awaited: Awaited | None, norm: Tensor, weight: Reduced | None
+    ) -> Tensor | Rounded:  # fmt: skip
+        """Adds part [tokens, hidden], summed over the ranks, to hidden, and what is awaited; the norm of that, rounded for
+        `weight` if given."""
         peers = self._comm.peers
         if peers is not None and takes(peers, part):
             return sum_add_rms_norm(peers, part, hidden, norm, self._eps)
         part = self._comm.all_reduce(part)
         if weight is not None:
             return rounded_norm(hidden, norm, self._eps, weight.group, part, pdl=self._pdl)
-        return add_rms_norm(hidden, part, norm, self._eps, pdl=self._pdl)
+        return add_rms_norm(hidden, part, norm, self._eps, awaited=awaited, pdl=self._pdl)
 
     def _rounding(self, linear: Linear | None, x: Tensor, adapters: DeviceRows | None) -> Reduced | None:
         """The weight by which as many tokens as x has are multiplied rounded; None: they are not, or adapters read them."""
@@ -294,25 +311,29 @@ class FusedDecoder:
         return hidden, normed
 
     def _attended(
-        self, attend: Attend, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Slots, pdl: bool = False
-    ) -> Tensor:
-        """[tokens, heads * head_dim]."""
-        if attend.turns:
+        self, attend: Attend, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Slots, pdl: bool = False,
+        awaited: Awaited | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[tokens, heads * head_dim]. awaited: what adapters add to the projection yet."""
+        if attend.turns and awaited is None:
             return attend(number, projected, self._turn(layer), layer.sinks).flatten(1)
-        return attend(number, self._query(number, layer, projected, positions, slots, pdl), sinks=layer.sinks).flatten(1)
+        query = self._query(number, layer, projected, positions, slots, pdl, awaited)
+        return attend(number, query, sinks=layer.sinks).flatten(1)
 
     def _turn(self, layer: Layer) -> HeadTurn:
         return HeadTurn(*layer.head_norms(), self._eps, self._table)
 
     def _query(
-        self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Slots, pdl: bool = False
-    ) -> Tensor:
+        self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Slots, pdl: bool = False,
+        awaited: Awaited | None = None,
+    ) -> Tensor:  # fmt: skip
         """The layer's query, ready to attend; its keys and values are written."""
         shape = self.shape
         query = torch.empty(len(projected), shape.heads, shape.head_dim, dtype=projected.dtype, device=projected.device)
         qk_norm_rope_write(
             projected, self._turn(layer), positions, _of_kind(slots, self._narrow[number]), self.pool.keys(number),
-            self.pool.values(number), shape.heads, shape.kv_heads, query, scales=self.pool.scales(number), pdl=pdl,
+            self.pool.values(number), shape.heads, shape.kv_heads, query, scales=self.pool.scales(number),
+            awaited=awaited, pdl=pdl,
         )  # fmt: skip
         return query
 

@@ -53,7 +53,7 @@ class Linear:
     beside it; None: none are served.
     """
 
-    __slots__ = ("_apply", "_packed", "_rounded", "bias", "in_features", "lora", "out_features", "reduced", "weight")
+    __slots__ = ("_apply", "_joined", "_packed", "_rounded", "bias", "in_features", "lora", "out_features", "reduced", "weight")
 
     def __init__(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False,
@@ -72,6 +72,7 @@ class Linear:
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.out_features, self.in_features = out_features, in_features
         self.lora: LoraWeights | None = None
+        self._joined: tuple[Tensor, Tensor | None] | None = None
         self._packed: Tensor | None = None
         self._apply = torch.ops.mkldnn._linear_pointwise.default if can_pack(dtype, device) else None
 
@@ -101,6 +102,18 @@ class Linear:
         parts = self.weight.split_with_sizes(rows)
         return [Rounding(part) for part in parts] if self._rounded else list(parts)
 
+    def adapt(self, lora: LoraWeights, behind: bool = False) -> None:
+        """Adapters stand beside it from now on. behind: their A follow the weight's rows in memory where that is plain, so that
+        one product reads both; whoever has the weight asks for it anew. For a moment it is there twice."""
+        self.lora = lora
+        if not behind or self.weight is None:
+            return
+        rows = self.out_features
+        joined = torch.cat([self.weight, lora.a.flatten(0, 1)])
+        self.weight, lora.a = joined[:rows], joined[rows:].view(lora.a.shape)
+        bias = None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(len(joined) - rows)])
+        self._joined = joined, bias
+
     @property
     def operand(self) -> Tensor | Reduced:
         """What the kernels read: the weight as it was filled; not once it has been packed for a CPU."""
@@ -120,6 +133,15 @@ class Linear:
             assert isinstance(x, Tensor), "adapters are multiplied by what has not been rounded"
             adapters.add(self.lora, product, x)
         return product
+
+    def lowered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [tokens, in_features] -> what this rank adds to the sum but the adapters' part, [tokens, out_features], and what
+        the A of all slots make of x, [tokens, slots * parts * rank]; rows of both may lie apart."""
+        if self._joined is not None:
+            both = F.linear(x, *self._joined)
+            return both[:, : self.out_features], both[:, self.out_features :]
+        assert self.lora is not None
+        return self._product(x), F.linear(x, self.lora.a.flatten(0, 1))
 
     def _product(self, x: Tensor | Rounded) -> Tensor:
         if self.reduced is not None:

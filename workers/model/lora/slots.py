@@ -9,10 +9,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from workers.config import LoraRoom, WorkerConfig
-from workers.kernels.lora.weights import LoraWeights
+from workers.kernels.lora.weights import LoraWeights, stands_behind
 from workers.model.config.architectures import ModelConfig, RankShape
 from workers.model.decoders.native import Decoder, Layer
 from workers.model.layers.experts import Mixture
+from workers.model.layers.linear import Linear
 from workers.model.layers.mlp import SwiGLU
 from workers.model.lora.files import AdaptedLinear, AdapterFiles
 
@@ -42,7 +43,12 @@ class AdapterSlots:
         self.config, self.room = decoder.config, room
         self.device = decoder.device
         self._shape = decoder.shape
-        self._weights = [_Beside(decoder, room).layer(layer) for layer in decoder.layers]
+        beside = _Beside(decoder, room)
+        self._weights = []
+        for layer in decoder.layers:
+            self._weights.append(beside.layer(layer))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # of weights that have moved, see `Linear.adapt`
 
     @property
     def nbytes(self) -> int:
@@ -143,13 +149,13 @@ class _Beside:
     def layer(self, layer: Layer) -> dict[str, LoraWeights]:
         shape, hidden = self._decoder.shape, self._decoder.config.hidden
         width, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        layer.qkv.lora, layer.o.lora = qkv, o = self._of(hidden, width, kv_rows, kv_rows), self._of(width, hidden)
+        qkv, o = self._linear(layer.qkv, hidden, width, kv_rows, kv_rows), self._linear(layer.o, width, hidden)
         of_mlp = self._mlp(layer.mlp, shape.intermediate) if isinstance(layer.mlp, SwiGLU) else self._mixture(layer.mlp)
         return {"qkv": qkv, "o": o} | of_mlp
 
     def _mlp(self, mlp: SwiGLU, width: int, block: str = "") -> dict[str, LoraWeights]:
         hidden = self._decoder.config.hidden
-        mlp.gate_up.lora, mlp.down.lora = gate_up, down = self._of(hidden, width, width), self._of(width, hidden)
+        gate_up, down = self._linear(mlp.gate_up, hidden, width, width), self._linear(mlp.down, width, hidden)
         return {f"{block}gate_up": gate_up, f"{block}down": down}
 
     def _mixture(self, mixture: Mixture) -> dict[str, LoraWeights]:
@@ -167,6 +173,13 @@ class _Beside:
         down = self._of(shape.intermediate, hidden, experts=shape.experts)
         experts.adapt(gate_up, down)
         return {"experts.gate_up": gate_up, "experts.down": down}
+
+    def _linear(self, linear: Linear, columns: int, *rows: int) -> LoraWeights:
+        """On one rank A stands behind the weight; with several the ranks' sums meet before a row's kernel could add its
+        part."""
+        lora = self._of(columns, *rows)
+        linear.adapt(lora, self._decoder.shape.size == 1 and stands_behind(self._room.places, lora.rank))
+        return lora
 
     def _of(self, columns: int, *rows: int, experts: int | None = None) -> LoraWeights:
         places, rank = self._room.places, self._room.rank

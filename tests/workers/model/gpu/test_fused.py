@@ -23,6 +23,7 @@ from workers.kernels.reduced import Reduced, Rounded
 from workers.kernels.rows.rounding import rounded
 from workers.model.config.architectures import read_config
 from workers.model.decoders.native import Decoder, load_model
+from workers.model.gpu.adapters import DeviceRows
 from workers.model.gpu.fused import FusedDecoder
 from workers.model.layers.linear import reduced_product
 from workers.parallel.connect import Solo
@@ -69,7 +70,7 @@ class Fused:
         self.decoder: Decoder = load_model(path, config, Solo(), dtype, DEVICE, None)
         self.fused = FusedDecoder(self.decoder, self.pool)
 
-    def logits(self, step: StepInput, *, all_tokens: bool = False) -> Tensor:
+    def logits(self, step: StepInput, *, all_tokens: bool = False, adapters: DeviceRows | None = None) -> Tensor:
         plan = self.attention.plan(step)
 
         def attend(layer: int, query: Tensor, sinks: Tensor | None) -> Tensor:
@@ -80,7 +81,7 @@ class Fused:
         tokens, positions, slots, rows = (
             getattr(step, name).int().to(DEVICE) for name in ("tokens", "positions", "slots", "sample_at")
         )
-        return self.fused.logits(tokens, positions, slots, Plain(attend), None if all_tokens else rows).cpu()
+        return self.fused.logits(tokens, positions, slots, Plain(attend), None if all_tokens else rows, adapters).cpu()
 
 
 FEW: dict[str, dict[str, Any]] = {
