@@ -18,10 +18,12 @@ the weights' holders.
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.pool import KVPool, KVPools
@@ -208,8 +210,15 @@ class FusedDecoder:
         if adapters is None or linear.lora is None or self.shape.size > 1 or not linear.lora.rises_in_rows(len(x)):
             return linear.partial(x, adapters), None
         assert isinstance(x, Tensor), "adapters are multiplied by what has not been rounded"
-        part, low = linear.lowered(x)
+        part, low = linear.lowered(x, partial(self._multiply, linear))
         return part, adapters.awaited(linear.lora, low)
+
+    def _multiply(self, linear: Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """By a weight of its own with more rows behind it, in the way that is the best without them."""
+        config = self._choose(linear, len(x), x.dtype) if len(x) <= self._few_tokens else None
+        if config is None or (config.parts > 1 and config.blocks(len(weight)) * -(-len(x) // config.tokens) > MAX_TILES):
+            return F.linear(x, weight, bias)
+        return matvec(x, weight, bias=bias, pdl=self._pdl, counters=self._counters, config=config)
 
     def _add_norm(
         self, hidden: Tensor, part: Tensor, awaited: Awaited | None, norm: Tensor, weight: Reduced | None

@@ -4,6 +4,7 @@ Weights are allocated empty, filled in place by `checkpoint.weights`, then `pack
 tensors are per rank.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -16,6 +17,9 @@ from workers.model.checkpoint.weights import Target
 from workers.model.quantization.filling import Keeping, Rounding
 from workers.model.quantization.forms import PLAIN, LinearForm
 from workers.parallel.communicator import Communicator
+
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""As `torch.nn.functional.linear`."""
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -134,11 +138,12 @@ class Linear:
             adapters.add(self.lora, product, x)
         return product
 
-    def lowered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def lowered(self, x: Tensor, multiply: Multiply = F.linear) -> tuple[Tensor, Tensor]:
         """x [tokens, in_features] -> what this rank adds to the sum but the adapters' part, [tokens, out_features], and what
-        the A of all slots make of x, [tokens, slots * parts * rank]; rows of both may lie apart."""
+        the A of all slots make of x, [tokens, slots * parts * rank]; rows of both may lie apart. multiply: by weight and A
+        where they are one."""
         if self._joined is not None:
-            both = F.linear(x, *self._joined)
+            both = multiply(x, *self._joined)
             return both[:, : self.out_features], both[:, self.out_features :]
         assert self.lora is not None
         return self._product(x), F.linear(x, self.lora.a.flatten(0, 1))

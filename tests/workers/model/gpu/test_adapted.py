@@ -1,5 +1,7 @@
 """Steps of few rows, whose kernels add their adapters' part themselves, say what separate launches for adapters say."""
 
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,16 @@ from tests.workers.decoding import make_step
 from tests.workers.model.gpu.test_fused import DEVICE, Fused
 from workers.config import LoraRoom
 from workers.kernels.lora.weights import LoraWeights
+from workers.kernels.products.tilings import Tiling
 from workers.loop.batch import NO_ADAPTER
 from workers.model.config.architectures import read_config
 from workers.model.gpu.adapters import DeviceRows
+from workers.model.layers.linear import Linear, Multiply
 from workers.model.lora.files import read_adapter
 from workers.model.lora.slots import AdapterSlots
 from workers.step import StepInput
+
+Lowered = Callable[[Linear, Tensor, Multiply], tuple[Tensor, Tensor]]
 
 ROOM = LoraRoom(3, 16)
 STEPS: list[list[tuple[int, int, list[int]]]] = [
@@ -29,18 +35,24 @@ ADAPTERS = [2, NO_ADAPTER, 0, 0]
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("whose", ["behind the weight", "behind it, with biases", "beside a packed one"])
+@pytest.mark.parametrize("whose", ["behind the weight", "behind it, with biases", "by our own products", "beside a packed one"])
 def test_rows_add_their_adapters_part(whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if whose != "beside a packed one":
         monkeypatch.setattr("workers.model.layers.linear.can_pack", lambda *_: False)
     elif DEVICE.type == "cuda":
         pytest.skip("only CPUs pack")
+    if whose == "by our own products" and DEVICE.type == "cuda":
+        pytest.skip("tensor cores round float32; of 16 bits: benchmarks.gpu's lora_32")
     biases = whose == "behind it, with biases"
     architecture = "LlamaForCausalLM" if biases else "Qwen3ForCausalLM"
     path = make_checkpoint(tmp_path / "base", architecture, num_hidden_layers=1, attention_bias=biases)
     config = read_config(path)
     fused, apart = Fused(path, torch.float32), Fused(path, torch.float32)
     slots = [AdapterSlots(each.decoder, ROOM) for each in (fused, apart)]
+    if whose == "by our own products":
+        monkeypatch.setattr("workers.model.gpu.fused.choose", lambda *_: Tiling(16, 16, 4, 2, 1, tokens=16))
+        fused.fused._few_tokens = len(ADAPTERS) * 3
+        monkeypatch.setattr(Linear, "lowered", partialmethod(_by_given, Linear.lowered))
     said = []
     for seed, filled in enumerate([(0, 2), (0,)]):  # the second time one is replaced between steps, the other stays
         for slot in filled:
@@ -61,6 +73,13 @@ def test_rows_add_their_adapters_part(whose: str, tmp_path: Path, monkeypatch: p
             said.append(got)
     same = [torch.allclose(now, before) for now, before in zip(said[-1][1:], said[1][1:], strict=True)]
     assert same == [True, False, False], "rows of none stay, those of an adapter that has been replaced do not"
+
+
+def _by_given(linear: Linear, lowered: Lowered, x: Tensor, multiply: Multiply) -> tuple[Tensor, Tensor]:
+    """The library's product is not asked."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("torch.nn.functional.linear", None)
+        return lowered(linear, x, multiply)
 
 
 def _logits(fused: Fused, step: StepInput, owners: list[int], decodes: bool) -> Tensor:
