@@ -17,6 +17,7 @@ from triton.compiler.compiler import max_shared_mem
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes
+COPYING_GENERATIONS = (9, 10)
 INTERPRETED_BYTES = 227 << 10  # of shared memory, as a Hopper chip has them
 RESERVED_BYTES = 8 << 10  # for what is no stage
 
@@ -41,6 +42,11 @@ def enter_last(PDL: tl.constexpr):
 def may_start_early(device: torch.device) -> bool:
     """Whether kernels of it take `pdl`: from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def copies_tiles(device: torch.device) -> bool:
+    """Whether it has a copy engine for tiles, and 227 KiB of shared memory to hold them; a CPU interprets as if it had."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in COPYING_GENERATIONS
 
 
 @cache

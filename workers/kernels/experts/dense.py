@@ -15,11 +15,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Added, Routing
-from workers.kernels.launch import enter
+from workers.kernels.launch import copies_tiles, enter
 
 LEAST_PLACES = 128  # of a tile
 ALIGNED_BYTES = 16  # of a row, for the copy engine
-GENERATIONS = (9, 10)  # of devices with a copy engine, and with 227 KiB of shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ def takes(x: Tensor, columns: int, routing: Routing) -> bool:
     """Whether there are enough pairs for it, and device and shapes are those of the copy engine. columns: of W."""
     if routing.size < LEAST_PLACES or x.dtype == torch.float32 or columns * x.itemsize % ALIGNED_BYTES:
         return False
-    return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in GENERATIONS
+    return copies_tiles(x.device)
 
 
 @triton.jit

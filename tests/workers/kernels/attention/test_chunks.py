@@ -66,6 +66,13 @@ def test_every_way_to_tile(dtype: str, device: str, config: ChunkConfig) -> None
 
 
 @one_attention_dtype
+@pytest.mark.parametrize("group", [1, 4])
+def test_spans_by_descriptors_and_where_they_are_longer_than_a_block_without(dtype: str, device: str, group: int) -> None:
+    for block in (16, 64):
+        check(chunks(block, 2, group, 64, dtype, device), replace(SMALL, described=True))
+
+
+@one_attention_dtype
 def test_more_sequences_than_one_look(dtype: str, device: str) -> None:
     """The plan looks at 64 sequences at a time: chunks before and behind that border."""
     layout = BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=16, dtype=dtype)
