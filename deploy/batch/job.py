@@ -219,7 +219,9 @@ class BatchJob:
 
     async def _write(self, result: bytes) -> None:
         """A result that has come this far is written even if the job is cancelled now."""
-        await asyncio.shield(self._in_writer(self._journal.append, result))
+        writing = asyncio.ensure_future(self._in_writer(self._journal.append, result))
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # the first that fails is told, by the job
+        await asyncio.shield(writing)
 
     async def _in_writer(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call, *args)
