@@ -20,7 +20,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def open_written(path: Path | str) -> BinaryIO:
-    """A new file in place of what is there, buffered. Errors: OSError; it and every later one, that of closing too, names it."""
+    """A new file in place of what is there, buffered. Errors: OSError. Each names it, that of closing too."""
     return io.BufferedWriter(_Named(path, "wb"))
 
 

@@ -72,7 +72,7 @@ def test_results_in_a_store_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) 
     journal = open_journal(Location.parse(url))
     journal.append(b"{}\n")
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", refuse)
-    with pytest.raises(OSError, match="cannot write to memory://full/out.jsonl: the quota is used up"):
+    with pytest.raises(OSError, match=r"cannot write to memory://full/out\.jsonl: the quota is used up"):
         journal.keep()
 
 
