@@ -14,8 +14,8 @@ def has_tokenizer(checkpoint: Path) -> bool:
 
 
 def open_tokenizer(checkpoint: Path) -> Any:
-    """transformers' tokenizer, without network. Errors: ValueError, which names the file at fault, and the package that reading it
-    takes."""
+    """transformers' tokenizer, without network. Errors: ValueError, which names the file at fault, or the package that is
+    missing."""
     _need_package(checkpoint)
     from transformers import AutoTokenizer
 

@@ -13,8 +13,9 @@ import fsspec
 import pytest
 import typer
 
-from deploy.batch.job import BatchJob, Limits
+from deploy.batch.job import BatchJob
 from deploy.batch.journal import open_journal
+from deploy.batch.limits import Limits
 from deploy.batch.progress import JobTally
 from deploy.batch.storage import Location
 from deploy.cli.records import open_records

@@ -243,8 +243,8 @@ class RerankRequest(PoolingRequest, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(Record, frozen=True, kw_only=True):
-    """`/tokenize`: one of prompt and messages. return_token_strs: the text of each token too. What would make the prompt another
-    one than that of the request is refused."""
+    """`/tokenize`: one of prompt and messages. return_token_strs: the text of each token too. What would make another prompt
+    than that of chat is refused."""
 
     REFUSED: ClassVar[dict[str, str]] = {
         name: ChatRequest.REFUSED[name] for name in ("add_generation_prompt", "chat_template", "continue_final_message")
