@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def open_appended(path: Path | str) -> BinaryIO:
 class _Named(io.FileIO):
     """All that a buffer before it writes, when it is closed too, goes through here."""
 
-    def write(self, data: "bytes | memoryview") -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         with naming(str(self.name)):
             return super().write(data)
 
