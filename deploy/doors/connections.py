@@ -1,6 +1,6 @@
 """What a client may hold open: how long its requests take to arrive, and how many connections come from one address.
 
-    headers      `BoundedProtocol`, a uvicorn protocol, since no option of uvicorn bounds them, in time or number; HAProxy by its own
+    headers      `BoundedProtocol`, a uvicorn protocol, since no option of uvicorn bounds them; HAProxy by its own
     bodies       `entrance.Gatekeeper`, in front of every handler, whoever the server is
     connections  `BoundedProtocol`, HAProxy; gRPC knows calls alone, so there `BoundedCalls` counts those
 
