@@ -144,4 +144,6 @@ def divide(
     if beside_longest >= max(most, narrow / 2):
         narrow = min(narrow, beside_longest)
     blocks = min((memory_bytes - narrow * narrow_bytes) // block_bytes, rows * longest)
+    if narrow < min(longest, at_once):  # then none may be longer than what there are narrow blocks for
+        blocks = min(blocks, narrow)
     return PoolSizes(blocks, min(blocks, (memory_bytes - blocks * block_bytes) // narrow_bytes))

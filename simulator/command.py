@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 from deploy.config.load import ConfigError
 from deploy.terminal.exits import reported_errors
 from deploy.terminal.options import DebugOption, flag
+from deploy.terminal.writing import open_written
 from scheduler.placement.why import Decision
 from simulator.options import (
     EventOptions,
@@ -138,7 +139,7 @@ def _replays(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes = []
-    with why.open("wb") if why is not None else nullcontext() as file:
+    with open_written(why) if why is not None else nullcontext() as file:
         for policy in dict.fromkeys(policies):
             tell = partial(_tell, file, policy) if file is not None else None
             with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.batch.job import Limits
+from deploy.batch.limits import Limits
 from deploy.config.load import ConfigError, load_config
 from deploy.terminal.exits import reported_errors
 from deploy.terminal.options import ENGINE_FLAGS, ConfigOption, DebugOption, flag, with_options

@@ -13,7 +13,6 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -21,6 +20,7 @@ import msgspec
 from cluster.engine import EngineError
 from deploy.batch.backends.backend import Backend, LineAnswer
 from deploy.batch.journal import Journal
+from deploy.batch.limits import Limits
 from deploy.batch.lines import (
     BadLine,
     BatchRequest,
@@ -51,23 +51,6 @@ MOST_WARNINGS = 32
 """Different ones that the log is told."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """requests, tokens: under way at once; a request that is larger than that goes alone. retries: of a request that found
-    nobody to answer it, before the job gives up. line_bytes: of one input line."""
-
-    requests: int = 512
-    tokens: int = 1 << 20
-    retries: int = 8
-    line_bytes: int = 8 << 20
-
-    def __post_init__(self) -> None:
-        lowest = {"--concurrency": (self.requests, 1), "--concurrency-tokens": (self.tokens, 1), "--retries": (self.retries, 0)}
-        for option, (value, low) in lowest.items():
-            if value < low:
-                raise ConfigError(f"{option} {value} is below {low}: raise it")
 
 
 class RequestWindow:
@@ -219,7 +202,9 @@ class BatchJob:
 
     async def _write(self, result: bytes) -> None:
         """A result that has come this far is written even if the job is cancelled now."""
-        await asyncio.shield(self._in_writer(self._journal.append, result))
+        writing = asyncio.ensure_future(self._in_writer(self._journal.append, result))
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # the first that fails is told, by the job
+        await asyncio.shield(writing)
 
     async def _in_writer(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call, *args)

@@ -1,7 +1,7 @@
 """The output of a job, which is its journal too: what is in it is done, and a job that begins again goes on from there.
 
 A local file is appended to. A store has no append: there, results go to numbered parts beside the output, which is put together
-when all are there. Imports `lines` and `storage`.
+when all are there. Imports `lines`, `storage`, and the commands' way of writing files.
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 import msgspec
@@ -18,6 +19,7 @@ import msgspec
 from deploy.batch.lines import RESULT_HEAD, key_of
 from deploy.batch.storage import Location
 from deploy.config.load import ConfigError
+from deploy.terminal.writing import naming, open_appended
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class FileJournal:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._file = open(path, "a+b")  # noqa: SIM115
+        self._file = open_appended(path)
         self._synced_s = time.monotonic()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +91,8 @@ class FileJournal:
             self.keep()
 
     def keep(self) -> None:
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
         self._synced_s = time.monotonic()
 
     def finish(self) -> None:
@@ -136,7 +139,8 @@ class PartJournal:
 
     def keep(self) -> None:
         if self._pending:
-            self._output.fs.pipe_file(f"{self._folder}/{self._number:06d}-{self._run}{PART_END}", b"".join(self._pending))
+            with self._storing():
+                self._output.fs.pipe_file(f"{self._folder}/{self._number:06d}-{self._run}{PART_END}", b"".join(self._pending))
             self._pending, self._pending_bytes = [], 0
             self._number += 1
         self._stored_s = time.monotonic()
@@ -148,15 +152,26 @@ class PartJournal:
         if not parts and self._exists():
             return
         whole = f"{self._folder}/{self._run}.whole"
-        with self._output.fs.open(whole, "wb") as file:
-            for _, line in self._results(parts):
-                file.write(line)
-        self._output.fs.cp_file(whole, self._output.path)
+        with self._storing():
+            with self._output.fs.open(whole, "wb") as file:
+                for _, line in self._results(parts):
+                    file.write(line)
+            self._output.fs.cp_file(whole, self._output.path)
         for path in (whole, *left):  # not what another run has stored since
             self._output.fs.rm_file(path)
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Errors: OSError that names the output, whatever the store's own is."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # each store has errors of its own
+            raise OSError(f"cannot write to {self._output}: {error or type(error).__name__}") from error
 
     def _results(self, parts: Sequence[str]) -> Iterator[tuple[bytes, bytes]]:
         """Each once, of the output as it was and of all parts."""

@@ -15,8 +15,9 @@ import typer
 
 from cluster.engine import Progress
 from deploy.batch.backends.backend import Backend
-from deploy.batch.job import BatchJob, Limits
+from deploy.batch.job import BatchJob
 from deploy.batch.journal import open_journal
+from deploy.batch.limits import Limits
 from deploy.batch.progress import JobTally
 from deploy.batch.storage import Location
 from deploy.config.load import Config, ConfigError, bound_openmp_spin, read_api_keys

@@ -149,15 +149,20 @@ def _room_lines(room: int, kinds: list[Kind], resolved: "Resolved", rows: int) -
     from workers.execution.spec import pool_sizes
 
     layout, held = kinds[0].layout, kinds[0].held
-    blocks = max(0, room) // layout.block_bytes
-    beside: list[str] = []
-    if kinds[1:] and room >= sum(kind.layout.block_bytes for kind in kinds):
-        blocks, narrow = pool_sizes(room, [kind.layout for kind in kinds], resolved, rows)
-        beside = [f"  and            {narrow:,} of layers that see a window: {kinds[1].resting} for a sequence that decodes"]
-        rows = min(rows, narrow // kinds[1].resting)
+    one = sum(kind.layout.block_bytes for kind in kinds)
+    if room < one:
+        return [f"blocks           none: one takes {in_units(one)}; raise kv_memory, or lower block_size"], False
+    blocks, narrow = pool_sizes(room, [kind.layout for kind in kinds], resolved, rows)
     tokens = blocks * layout.block_size
+    beside: list[str] = []
+    if kinds[1:]:
+        resting = min(blocks, kinds[1].resting)
+        beside = [f"  and            {narrow:,} of layers that see a window: {resting} for a sequence that decodes"]
+        rows = min(rows, narrow // resting)
     if blocks < held:
         said = f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that"
+        if _bytes(kinds) <= room:  # `divide` keeps half of them for others
+            beside.append("  since          the longest would leave too few blocks of layers that see a window for others")
         return [said, *beside], False
     at_once = min(rows, blocks // held)
     said = f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once"

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from deploy.frontend.outputs import CompletionOutput, RequestOutput
+from deploy.terminal.writing import open_written
 
 STDOUT = "-"
 
@@ -45,11 +46,11 @@ class RecordWriter:
 @contextmanager
 def open_records(path: Path | None) -> Iterator[Record]:
     """`RecordWriter.write`. path: None writes nothing, - is stdout. It is opened before the work begins, so that a bad one
-    costs nothing. Errors: OSError."""
+    costs nothing. Errors: OSError, which names the file."""
     if path is None:
         yield lambda _, __: None
         return
-    with nullcontext(sys.stdout.buffer) if str(path) == STDOUT else path.open("wb") as file:
+    with nullcontext(sys.stdout.buffer) if str(path) == STDOUT else open_written(path) as file:
         writer = RecordWriter(file)
         try:
             yield writer.write

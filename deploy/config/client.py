@@ -1,15 +1,16 @@
 """HTTP clients of an endpoint: its address, its key, and the proxies of the environment, none before an endpoint on this
-machine. Imports httpx.
+machine. Imports httpx when one is opened.
 """
 
 import ipaddress
-from typing import Any, TypeVar
-
-import httpx
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploy.config.load import ConfigError
 
-C = TypeVar("C", httpx.Client, httpx.AsyncClient)
+if TYPE_CHECKING:
+    import httpx
+
+C = TypeVar("C", "httpx.Client", "httpx.AsyncClient")
 
 EXAMPLE = "http://127.0.0.1:8000"
 
@@ -20,6 +21,8 @@ def open_client(kind: type[C], url: str, api_key: str | None, **options: Any) ->
 
     Errors: ConfigError for what is no address, and for proxies in the environment that httpx cannot use.
     """
+    import httpx
+
     address = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     try:
         base = httpx.URL(address)

@@ -24,6 +24,9 @@ from deploy.config.load import connection_bounds
 from deploy.config.serve import ServeConfig
 from deploy.frontend.errors import Fault, RequestError
 
+MOST_HEAD_BYTES, MOST_HEADERS = 16 << 10, 128
+"""Of one request, its first line included: what HAProxy lets through, and what it adds to that."""
+
 Handler = Any
 """grpc.RpcMethodHandler, of which grpc has no types."""
 
@@ -36,7 +39,10 @@ class BoundedProtocol(HttpToolsProtocol):
     addresses: Counter[str]
     """How many each address has open with one server."""
 
-    _late: asyncio.TimerHandle | None = None
+    _late: asyncio.TimerHandle | None = None  # until the headers are there
+    _begun = 0  # requests
+    _head_bytes = 0  # of one that have come in parts
+    _excess = False
     _address: str | None = None  # while it is counted
 
     def __init__(self, *given: Any, **named: Any) -> None:
@@ -53,14 +59,29 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._await_headers()
 
+    def data_received(self, data: bytes) -> None:
+        before = self._begun
+        super().data_received(data)
+        if self._late is None or self._begun != before:
+            return
+        self._head_bytes += len(data)  # all of it is of one head, which the parser keeps
+        if self._head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse_head()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._begun += 1
+        self._head_bytes = 0
         self._await_headers()
 
     def on_headers_complete(self) -> None:
         if self.declines():
             return
         self._cancel()
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MOST_HEAD_BYTES or len(self.headers) > MOST_HEADERS:
+            self._excess = True
+            raise ValueError("the head is too large")  # the parser reads no further
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -84,6 +105,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         self._leave()  # another protocol takes the connection over
         super().handle_websocket_upgrade()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._excess:
+            self._refuse_head()
+        else:
+            super().send_400_response(msg)
+
+    def _refuse_head(self) -> None:
+        said = f"the request has more than {MOST_HEADERS} headers, or {MOST_HEAD_BYTES} bytes of them: send fewer"
+        self._refuse(b"431 Request Header Fields Too Large", said)
 
     def _leave(self) -> None:
         self._cancel()

@@ -81,7 +81,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
     from deploy.doors.http.app import create_app
     from deploy.doors.openai.adapters import adapter_routes
     from deploy.serving.server import HttpServer
-    from deploy.status import status_routes
+    from deploy.status.routes import status_routes
 
     limits, keys = config.serve, ApiKeys(named, read_key_priorities(config.serve))
     configure(limits.log_format)

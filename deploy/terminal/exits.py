@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C, 1
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from typing import NoReturn
 import typer
 
 AGAIN_S = 0.1
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Nothing is wrong with the name of the file."""
+
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
@@ -88,7 +92,7 @@ def reported_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         typer.echo(f"manta: error: {_words(error)}", err=True)
-        named_file = isinstance(error, OSError) and error.filename is not None
+        named_file = isinstance(error, OSError) and error.filename is not None and error.errno not in OF_THE_DISK
         raise typer.Exit(BAD_INPUT if named_file or isinstance(error, ValueError) else FAILED) from None
 
 

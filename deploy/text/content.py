@@ -2,7 +2,7 @@
 them and as a chat template does. Imports msgspec."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,10 +138,14 @@ def _call(call: ToolCall) -> dict[str, Any]:
 def _text(content: str | list[ContentPart], path: str) -> str:
     if isinstance(content, str):
         return content
-    for position, part in enumerate(content):
-        where = f"{path}.content[{position}]"
-        if part.type != "text":
-            raise PromptError(f"{where} is of type {part.type[:80]!r}: models served here read text parts only", where)
-        if part.text is None:
-            raise PromptError(f"{where} is of type 'text' and has no text: give it one", where)
-    return "".join(part.text or "" for part in content)
+    return "".join(part_text(part.type, part.text, f"{path}.content[{at}]") for at, part in enumerate(content))
+
+
+def part_text(kind: str, text: str | None, path: str, kinds: Collection[str] = ("text",)) -> str:
+    """What a part of this kind says, as every door's messages have them. kinds: that are text. Errors: PromptError with the
+    path."""
+    if kind not in kinds:
+        raise PromptError(f"{path} is of type {kind[:80]!r}: models served here read text parts only", path)
+    if text is None:
+        raise PromptError(f"{path} is of type {kind!r} and has no text: give it one", path)
+    return text

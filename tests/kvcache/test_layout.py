@@ -55,6 +55,12 @@ def test_memory_is_divided_and_not_exceeded(memory: int, block: int, narrow: int
     assert 0 < sizes.narrow <= sizes.blocks <= 256 * longest
     assert sizes.narrow >= min(memory, longest, at_once), "one sequence fits, where it would if there were one kind"
     assert sizes.blocks >= min(memory, 256 * longest)
+    assert sizes.narrow >= min(longest, at_once, sizes.blocks), "whoever fits the one pool fits the other"
+
+
+def test_what_is_left_over_makes_none_longer_than_narrow_blocks_reach() -> None:
+    """Three of the others beside nine would be a sequence of nine blocks, that needs eight narrow ones."""
+    assert divide(39, 1, 5, longest=8, rows=256, at_rest=7, at_once=10) == PoolSizes(6, 6)
 
 
 def test_the_longest_sequence_has_room_where_that_is_cheap() -> None:

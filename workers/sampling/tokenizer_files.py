@@ -14,14 +14,29 @@ def has_tokenizer(checkpoint: Path) -> bool:
 
 
 def open_tokenizer(checkpoint: Path) -> Any:
-    """transformers' tokenizer, without network. Errors: ValueError, which names the package that reading it takes."""
+    """transformers' tokenizer, without network. Errors: ValueError, which names the file at fault, or the package that is
+    missing."""
     _need_package(checkpoint)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
     except Exception as error:  # the library raises whatever its parsers raise
+        if _is_of_config(error, checkpoint):
+            said = f"transformers cannot read it ({' '.join(str(error).split())})"
+            raise ValueError(f"{checkpoint / 'config.json'}: {said}: repair or download the file again") from error
         raise ValueError(f"cannot read the tokenizer in {checkpoint}: {error}") from error
+
+
+def _is_of_config(error: Exception, checkpoint: Path) -> bool:
+    """The library reads config.json first, and checks more of it than a tokenizer needs."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+    except Exception as fault:
+        return (type(fault), str(fault)) == (type(error), str(error))
+    return False
 
 
 def _need_package(checkpoint: Path) -> None:

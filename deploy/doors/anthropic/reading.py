@@ -25,7 +25,7 @@ from deploy.doors.openai.requests.schemas import ChatRequest
 from deploy.doors.openai.requests.unknown import shortened
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
-from deploy.text.content import FunctionCall, Message, ToolCall
+from deploy.text.content import FunctionCall, Message, PromptError, ToolCall, part_text
 
 ERROR_MARK = "Error: "
 """Before the result of a call that failed: chat templates have no other way to say so."""
@@ -168,12 +168,10 @@ def _text(content: str | Sequence[ContentBlock], path: str, first: int = 0) -> s
     """Text blocks, joined as they are. first: position of the first. Errors: RequestError for blocks of any other type."""
     if isinstance(content, str):
         return content
-    for position, block in enumerate(content, start=first):
-        if block.type != "text" or block.text is None:
-            where, kind = f"{path}[{position}]", shortened(block.type)
-            said = "has no text" if kind == "text" else f"is of type {kind!r}, which is not read: models served here read text"
-            raise RequestError.invalid(f"{where} {said}", where)
-    return "".join(block.text or "" for block in content)
+    try:
+        return "".join(part_text(block.type, block.text, f"{path}[{at}]") for at, block in enumerate(content, start=first))
+    except PromptError as error:
+        raise RequestError.of_prompt(error, error.field) from None
 
 
 def _all_blocks(content: str | list[ContentBlock] | None) -> Iterator[ContentBlock]:

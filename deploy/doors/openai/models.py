@@ -3,7 +3,7 @@
 from msgspec import UNSET
 
 from deploy.doors.openai.answers.records import ModelCard, Text, Tokens
-from deploy.doors.openai.requests.reading import check_model
+from deploy.doors.openai.requests.reading import check_model, check_refused
 from deploy.doors.openai.requests.schemas import DetokenizeRequest, TokenizeRequest
 from deploy.frontend.errors import RequestError
 from deploy.frontend.models.further import FurtherModels
@@ -66,6 +66,7 @@ class TokenTexts:
     async def _prompt(self, request: TokenizeRequest) -> Prompt:
         if (request.prompt is None) == (request.messages is None):
             raise RequestError.invalid("give either prompt or messages", "prompt")
+        check_refused(request)
         for name in ("tools", "chat_template_kwargs"):
             if request.messages is None and getattr(request, name) is not None:
                 raise RequestError.invalid(f"{name} goes with messages: leave it out, or give messages", name)

@@ -32,7 +32,7 @@ from deploy.observing.observer import Observer
 from deploy.serving.replicas.administration import ServeAdministration
 from deploy.serving.replicas.deploying import FRONT_END_HEALTH_TIMEOUT_S, GRACE_S, HEALTH_CHECK_S, engine_deployment
 from deploy.serving.replicas.discovery import Discovery, turn_of
-from deploy.status import status_routes
+from deploy.status.routes import status_routes
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.protocol.orphans import Estate

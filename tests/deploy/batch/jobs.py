@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deploy.batch.backends.backend import LineAnswer
-from deploy.batch.job import BatchJob, Limits
+from deploy.batch.job import BatchJob
 from deploy.batch.journal import Journal, open_journal
+from deploy.batch.limits import Limits
 from deploy.batch.lines import BatchRequest
 from deploy.batch.progress import JobTally
 from deploy.batch.storage import Location

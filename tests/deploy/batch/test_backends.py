@@ -16,7 +16,8 @@ from deploy.batch.backends.backend import Backend
 from deploy.batch.backends.clusters import open_cluster
 from deploy.batch.backends.endpoint import EndpointBackend, open_endpoint
 from deploy.batch.backends.own import ServiceBackend, open_backend, open_service
-from deploy.batch.job import BatchJob, Limits
+from deploy.batch.job import BatchJob
+from deploy.batch.limits import Limits
 from deploy.batch.lines import Line, parse
 from deploy.batch.progress import JobTally
 from deploy.config.load import EMBEDDED_MODEL, Config, ConfigError, load_config

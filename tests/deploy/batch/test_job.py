@@ -14,7 +14,8 @@ import pytest
 
 from cluster.engine import EngineError
 from deploy.batch import job as jobs
-from deploy.batch.job import READ_LINES, BatchJob, Limits
+from deploy.batch.job import READ_LINES, BatchJob
+from deploy.batch.limits import Limits
 from deploy.batch.lines import BatchRequest
 from deploy.batch.progress import JobTally
 from deploy.config.load import ConfigError

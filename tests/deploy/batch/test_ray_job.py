@@ -13,7 +13,7 @@ import ray
 from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from deploy.batch.job import Limits
+from deploy.batch.limits import Limits
 from deploy.batch.run import Task, run
 from deploy.batch.storage import Location
 from deploy.config.load import ConfigError, load_config

@@ -162,6 +162,43 @@ def test_where_some_layers_see_a_window_both_kinds_are_counted(tmp_path: Path) -
     assert lines[-1].startswith("  and ")
 
 
+def test_what_it_says_to_do_helps_and_why_there_is_less_than_would_fit(tmp_path: Path) -> None:
+    """32.07 MiB are the longest context, and of 32.08 narrow layers have enough for several that are shorter."""
+    path = make("gpt_oss", tmp_path / "gpt_oss", sliding_window=200)
+
+    def says(kv_memory: int, max_model_len: int | None = None) -> tuple[str, bool]:
+        lines, fits = plan_lines(
+            EngineConfig(
+                model=str(path), dtype="float32", block_size=16, max_num_batched_tokens=16, max_num_seqs=4,
+                max_model_len=max_model_len, kv_memory=kv_memory,
+            ), None,
+        )  # fmt: skip
+        return "\n".join(lines), fits
+
+    for kv_memory, longest_fits in ((20_000, False), (1 << 20, False), (32 << 20, False), (33_636_352, True)):
+        said, fits = says(kv_memory)
+        assert not fits
+        assert ("since          the longest would leave too few blocks" in said) == longest_fits
+        most = int(re.findall(r"a sequence of ([\d,]+) tokens at most; lower max_model_len to that", said)[0].replace(",", ""))
+        said, fits = says(kv_memory, most)
+        assert fits
+        assert "1 sequence(s) of the longest context" in said
+    said, fits = says(8191)
+    assert not fits
+    assert said.endswith("blocks           none: one takes 8.00 KiB; raise kv_memory, or lower block_size")
+
+
+def test_no_more_blocks_than_a_rank_has(tmp_path: Path) -> None:
+    path = make("llama", tmp_path / "llama")
+    config = EngineConfig(
+        model=str(path), dtype="float32", block_size=16, max_num_seqs=2, kv_memory=1 << 20, threads=1, max_model_len=64
+    )
+    built = build_rank(config, resolve(config, "cpu"), Solo())
+    built.rank.executor.close()
+    assert built.sizes.blocks == 8, "of 128 that there is memory for"
+    assert plan_lines(config, None)[0][-1] == "blocks           8, 128 tokens: 2 sequence(s) of the longest context at once"
+
+
 def test_a_pool_that_is_asked_for_must_fit_too(tmp_path: Path) -> None:
     path = make("gemma2", tmp_path / "gemma2")
     asked = ["plan", str(path), "--memory", "2MiB", "--block-size", "16", "--dtype", "float32", "--kv-memory"]
@@ -185,7 +222,7 @@ def test_room_for_adapters_is_counted(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "Qwen3ForCausalLM", dtype=torch.bfloat16)
 
     def room(**options: int) -> int:
-        _, *lines = plan_lines(EngineConfig(model=str(path), **options), 1 << 30)[0]  # type: ignore[arg-type]
+        _, *lines = plan_lines(EngineConfig(model=str(path), **options), 1 << 24)[0]  # type: ignore[arg-type]
         (said,) = (line for line in lines if line.startswith("blocks"))
         return int(said.split()[1].rstrip(",").replace(",", ""))
 

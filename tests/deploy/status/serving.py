@@ -19,7 +19,7 @@ from deploy.frontend.clusters import Cluster
 from deploy.frontend.models.further import FurtherModel, FurtherModels
 from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
-from deploy.status import status_routes
+from deploy.status.routes import status_routes
 from deploy.text.prompts import read_model_limits
 from tests.deploy.status.fake_cluster import FakeCluster
 

@@ -1,5 +1,6 @@
 """Tokens, their bytes and the text, for every kind of tokenizer: joined, the bytes of the tokens are the text."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,6 +168,26 @@ def test_a_model_of_sentencepiece_is_read_where_its_package_is(tmp_path: Path, k
         assert tokens[-3:] == library.SentencePieceProcessor(str(tmp_path / "tokenizer.model")).encode(text)[-3:]
         assert joined(tokenizer, tokens).decode() == tokenizer.decode(tokens) == text
     assert load_tokenizer(tmp_path, 512, ()).eos_token == 2
+
+
+def test_a_tokenizer_is_not_blamed_for_the_settings_beside_it(tmp_path: Path) -> None:
+    """transformers reads config.json first, and checks all of it."""
+    folder = save(byte_level(), tmp_path)
+    settings = {"model_type": "qwen3", "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    for change, said in (
+        ({"num_hidden_layers": 4}, r"num_hidden_layers` \(4\) must be equal to the number of `layer_types` \(2\)"),
+        ({"head_dim": "wide"}, "'head_dim' expected int"),
+    ):
+        (folder / "config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(ValueError, match=rf"config\.json: transformers cannot read it \(.*{said}.*: repair or download"):
+            Tokenizer.load(folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert Tokenizer.load(folder) is not None
+    for broken in (settings, settings | {"model_type": "of-another-day"}):
+        (folder / "config.json").write_text(json.dumps(broken))
+        (folder / "tokenizer.json").write_text("{")
+        with pytest.raises(ValueError, match="cannot read the tokenizer in"):
+            Tokenizer.load(folder)
 
 
 def test_files_of_a_tokenizer_are_those_of_transformers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import Caller
 from deploy.doors.dialects.tools.formats import grammar_of
-from deploy.doors.openai.requests.schemas import GenerationRequest, PoolingRequest, SampledRequest
+from deploy.doors.openai.requests.schemas import GenerationRequest, PoolingRequest, SampledRequest, TokenizeRequest
 from deploy.doors.openai.requests.unknown import shortened, without_unknown
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
@@ -64,10 +64,10 @@ def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -
     check_numbers(config, request.n or 1, stops, len(request.logit_bias or ()))
 
 
-def check_refused(request: SampledRequest | PoolingRequest) -> None:
+def check_refused(request: SampledRequest | PoolingRequest | TokenizeRequest) -> None:
     """A field that asks for nothing may be there. Errors: RequestError."""
     for name, reason in request.REFUSED.items():
-        if getattr(request, name) not in (None, "", False):
+        if getattr(request, name) not in (None, "", request.USUAL.get(name, False)):
             raise RequestError.invalid(f"{name} is not supported: {reason}", name)
 
 

@@ -40,16 +40,21 @@ class StructuredOutputs(Record, frozen=True, kw_only=True):
 
 class SampledRequest(Record, frozen=True, kw_only=True):
     """What all requests for text have in common, and call the same. `REFUSED` and `IGNORED` say why a known field is not for
-    this server."""
+    this server. `USUAL`: what a refused one may say, since it is done; of others that is false."""
 
     REFUSED: ClassVar[dict[str, str]] = {
         "allowed_token_ids": "say what the output may be in structured_outputs",
         "bad_words": "keep single tokens out with logit_bias",
         "include_stop_str_in_output": "add it yourself: stop_reason says which it was",
+        "logits_processors": "nobody's code is run here: say what the output may be in structured_outputs",
+        "return_token_ids": "answers are text: ask over gRPC for token ids, or for logprobs, which name each token",
+        "return_tokens_as_token_ids": "logprobs name tokens by their text: ask over gRPC for token ids",
+        "skip_special_tokens": "a text is without them: ask for logprobs, which name each token",
         "truncate_prompt_tokens": "what is cut off would be missing from the answer: shorten the prompt",
         "use_beam_search": "outputs are sampled: leave it out, or ask for several with n",
     }
     IGNORED: ClassVar[frozenset[str]] = frozenset()
+    USUAL: ClassVar[dict[str, bool]] = {"skip_special_tokens": True}
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0.0)] | None = None
@@ -79,6 +84,10 @@ class SampledRequest(Record, frozen=True, kw_only=True):
     allowed_token_ids: Any = None
     bad_words: Any = None
     include_stop_str_in_output: Any = None
+    logits_processors: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    skip_special_tokens: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
     # Manta's
@@ -99,8 +108,11 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """`/v1/completions`. prompt: text, token ids, or a list of either. max_tokens: 0 for the echo alone."""
 
     REFUSED: ClassVar[dict[str, str]] = GenerationRequest.REFUSED | {
-        "suffix": "models served here do not fill in the middle: put the whole context into prompt"
+        "suffix": "models served here do not fill in the middle: put the whole context into prompt",
+        "add_special_tokens": "text has them around it: give the prompt as token ids, which are taken as they are",
+        "prompt_embeds": "prompts are text or token ids: put them into prompt",
     }
+    USUAL: ClassVar[dict[str, bool]] = GenerationRequest.USUAL | {"add_special_tokens": True}
 
     prompt: str | list[str | int | list[int]]
     max_tokens: AtLeastZero | None = None
@@ -108,13 +120,21 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: Top | None = None
     suffix: str | None = None
+    # vLLM's, refused
+    add_special_tokens: Any = None
+    prompt_embeds: Any = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """`/v1/chat/completions`."""
 
     REFUSED: ClassVar[dict[str, str]] = GenerationRequest.REFUSED | {
+        "add_generation_prompt": "the answer is always a message of its own: give a prompt to /v1/completions",
+        "add_special_tokens": "the chat template writes them: leave it out",
+        "chat_template": "the template is the server's (manta serve --chat-template FILE): use chat_template_kwargs",
         "continue_final_message": "the answer is always a message of its own: end with a message of the user's",
+        "documents": "templates are not shown any here: put them into a message",
+        "echo": "the answer is a message of its own: add it to yours yourself",
         "audio": "models served here answer in text: leave it out",
         "functions": "OpenAI replaced it: use tools",
         "function_call": "OpenAI replaced it: use tool_choice",
@@ -134,6 +154,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
             "verbosity",
         }
     )
+    USUAL: ClassVar[dict[str, bool]] = GenerationRequest.USUAL | {"add_generation_prompt": True}
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
@@ -146,7 +167,12 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     # refused
+    add_generation_prompt: Any = None
+    add_special_tokens: Any = None
+    chat_template: Any = None
     continue_final_message: Any = None
+    documents: Any = None
+    echo: Any = None
     audio: Any = None
     functions: Any = None
     function_call: Any = None
@@ -170,6 +196,7 @@ class PoolingRequest(Record, frozen=True, kw_only=True):
     REFUSED: ClassVar[dict[str, str]] = {
         "truncate_prompt_tokens": "what is cut off would be missing from the result: shorten the text"
     }
+    USUAL: ClassVar[dict[str, bool]] = {}
 
     model: str | None = None
     user: str | None = None
@@ -216,7 +243,13 @@ class RerankRequest(PoolingRequest, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(Record, frozen=True, kw_only=True):
-    """`/tokenize`: one of prompt and messages. return_token_strs: the text of each token too."""
+    """`/tokenize`: one of prompt and messages. return_token_strs: the text of each token too. What would make another prompt
+    than that of chat is refused."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        name: ChatRequest.REFUSED[name] for name in ("add_generation_prompt", "chat_template", "continue_final_message")
+    }
+    USUAL: ClassVar[dict[str, bool]] = {"add_generation_prompt": True}
 
     model: str | None = None
     prompt: str | None = None
@@ -224,6 +257,10 @@ class TokenizeRequest(Record, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
+    # vLLM's, refused
+    add_generation_prompt: Any = None
+    chat_template: Any = None
+    continue_final_message: Any = None
 
 
 class DetokenizeRequest(Record, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from deploy.frontend.clusters import Cluster, LocalCluster
 from deploy.frontend.models.further import FurtherModels
 from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
-from deploy.status import status_routes
+from deploy.status.routes import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 
 from deploy.config.load import UNCOUNTED, choose_proxy, connection_bounds
 from deploy.config.serve import ServeConfig
+from deploy.doors.connections import MOST_HEAD_BYTES, MOST_HEADERS
 from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host
 
@@ -78,6 +79,49 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(impatient: str, drip: byt
     assert said.startswith(b"HTTP/1.1 408 ")
     assert b'"type":"timeout_error"' in said
     assert b"body did not arrive within 0.5 s" in said
+
+
+LINES = [b"GET /health HTTP/1.1", b"host: here"]
+TOO_LARGE = (
+    [b"GET /health?" + b"x" * MOST_HEAD_BYTES + b" HTTP/1.1", b"host: here"],
+    [*LINES, b"x: " + b"y" * MOST_HEAD_BYTES],
+    [*LINES, *(b"x-%d: y" % at for at in range(MOST_HEADERS))],
+)
+
+
+@pytest.mark.parametrize("lines", TOO_LARGE)
+@pytest.mark.parametrize("more", [b"", b"content-length: 3\r\n\r\nabc"])
+def test_a_head_that_is_too_large_is_refused(address: str, lines: list[bytes], more: bytes) -> None:
+    with connected(address) as connection:
+        connection.sendall(b"\r\n".join(lines) + b"\r\n" + (more or b"\r\n"))
+        said = to_the_end(connection)
+    assert said.startswith(b"HTTP/1.1 431 ")
+    assert b"more than 128 headers, or 16384 bytes of them" in said
+
+
+@pytest.mark.parametrize("sent", [b"GET /" + b"x" * 100, b"GET /health HTTP/1.1\r\nhost: here\r\nx: "])
+def test_nor_is_it_kept_until_it_has_ended(address: str, sent: bytes) -> None:
+    with connected(address) as connection:
+        connection.sendall(sent)
+        said = to_the_end(connection, b"x" * 5000)
+    assert said.startswith(b"HTTP/1.1 431 ")
+
+
+def test_heads_within_the_bounds_are_taken_however_many_and_in_whatever_parts(address: str) -> None:
+    large = b"\r\n".join([*LINES, b"x: " + b"y" * 15_000, *(b"x-%d: y" % at for at in range(MOST_HEADERS - 2)), b"", b""])
+    assert len(large) > 15_000
+    with connected(address) as connection:
+        for _ in range(3):  # of one connection
+            for at in range(0, len(large), 4000):
+                connection.sendall(large[at : at + 4000])
+                time.sleep(0.01)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+    body = b'{"tokens": [%s]}' % b", ".join([b"72"] * 20_000)
+    with connected(address) as connection:  # of a body nothing counts
+        connection.sendall(DETOKENIZE + b"content-length: %d\r\n\r\n" % len(body))
+        for at in range(0, len(body), 4000):
+            connection.sendall(body[at : at + 4000])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_who_goes_away_in_a_body_is_no_fault(address: str, caplog: pytest.LogCaptureFixture) -> None:

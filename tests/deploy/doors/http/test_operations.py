@@ -24,7 +24,7 @@ from deploy.frontend.models.further import FurtherModels
 from deploy.frontend.service import service as service_module
 from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
-from deploy.status import status_routes
+from deploy.status.routes import status_routes
 from deploy.text.tokenizer import Tokenizer
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.configs.test_images import FILES, values

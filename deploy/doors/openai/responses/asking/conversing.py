@@ -10,10 +10,11 @@ from typing import TypeVar
 from deploy.doors.openai.requests.unknown import shortened
 from deploy.doors.openai.responses.asking.schemas import Item, ItemPart
 from deploy.frontend.errors import Fault, RequestError
-from deploy.text.content import FunctionCall, Message, ToolCall
+from deploy.text.content import FunctionCall, Message, PromptError, ToolCall, part_text
 
 MESSAGE = "message"
-TEXTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text"})
+REFUSAL = "refusal"
+TEXTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text", REFUSAL})
 
 T = TypeVar("T")
 
@@ -127,18 +128,13 @@ def _text(content: str | list[ItemPart], path: str) -> str:
     """Parts joined; what an assistant has refused with is what it said. Errors: RequestError."""
     if isinstance(content, str):
         return content
-    texts = []
-    for position, part in enumerate(content):
-        where = f"{path}[{position}]"
-        if part.type not in (*TEXTS, "refusal"):
-            raise RequestError.invalid(
-                f"{where} is of type {shortened(part.type)!r}: models served here read text parts only", where
-            )
-        text = part.refusal if part.type == "refusal" else part.text
-        if text is None:
-            raise RequestError.invalid(f"{where} is of type {part.type!r} and has no text: give it one", where)
-        texts.append(text)
-    return "".join(texts)
+    try:
+        return "".join(
+            part_text(part.type, part.refusal if part.type == REFUSAL else part.text, f"{path}[{at}]", TEXTS)
+            for at, part in enumerate(content)
+        )
+    except PromptError as error:
+        raise RequestError.of_prompt(error, error.field) from None
 
 
 def _required(value: T | None, path: str) -> T:

@@ -47,7 +47,7 @@ def test_text_may_stand_in_blocks(claude: anthropic.Anthropic, http: httpx.Clien
         ([{"role": "user", "content": [TEXT, {"type": "image", "source": {"type": "url", "url": "http://x"}}]}], "'image'"),
         ([{"role": "user", "content": [{"type": "document", "source": {}, "title": "t", "context": "c"}]}], "'document'"),
         ([{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]}], "'tool_use'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0] has no text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0] is of type 'text' and has no text"),
         ([{"role": "user", "content": [{"type": "tool_result", "content": "a"}]}], "tool_use_id"),
         (
             [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [TEXT, {"type": "image"}]}]}],

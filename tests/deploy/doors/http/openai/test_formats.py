@@ -126,7 +126,9 @@ def test_structured_outputs_that_cannot_be(http: httpx.Client, asked: dict[str, 
     ("field", "value"),
     [
         ("allowed_token_ids", [5]), ("bad_words", ["x"]), ("include_stop_str_in_output", True), ("truncate_prompt_tokens", 4),
-        ("use_beam_search", True), ("continue_final_message", True),
+        ("use_beam_search", True), ("continue_final_message", True), ("logits_processors", ["x"]), ("return_token_ids", True),
+        ("return_tokens_as_token_ids", True), ("skip_special_tokens", False), ("add_generation_prompt", False),
+        ("add_special_tokens", True), ("chat_template", "x"), ("documents", [{"text": "x"}]), ("echo", True),
     ],
 )  # fmt: skip
 def test_what_would_change_the_answer_is_refused(http: httpx.Client, field: str, value: object) -> None:
@@ -134,8 +136,28 @@ def test_what_would_change_the_answer_is_refused(http: httpx.Client, field: str,
     asked = {"messages": HELLO, "max_tokens": 1}
     answer = http.post("/v1/chat/completions", json={**asked, field: value})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
-    if value is True:
-        assert http.post("/v1/chat/completions", json={**asked, field: False}).status_code == 200
+    for usual in (not value, None) if isinstance(value, bool) else (None,):
+        answer = http.post("/v1/chat/completions", json={**asked, field: usual})
+        assert (answer.status_code, HEADER in answer.headers) == (200, False)
+
+
+@pytest.mark.parametrize(("field", "value", "usual"), [("add_special_tokens", False, True), ("prompt_embeds", "eA==", None)])
+def test_prompts_that_would_be_others_are_refused(http: httpx.Client, field: str, value: object, usual: object) -> None:
+    asked = {"prompt": "a", "max_tokens": 1}
+    answer = http.post("/v1/completions", json={**asked, field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert http.post("/v1/completions", json={**asked, field: usual}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("add_generation_prompt", False), ("continue_final_message", True), ("chat_template", "x")]
+)
+def test_tokens_of_another_prompt_are_refused(http: httpx.Client, field: str, value: object) -> None:
+    answer = http.post("/tokenize", json={"messages": HELLO, field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    plain = http.post("/tokenize", json={"messages": HELLO})
+    usual = None if value == "x" else not value
+    assert http.post("/tokenize", json={"messages": HELLO, field: usual}).json() == plain.json()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ CHAT = "/v1/chat/completions"
 ASKED: dict[str, Any] = {"messages": HELLO, "max_tokens": 2, "temperature": 0}
 
 ELSEWHERE = (
-    "skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "documents", "mm_processor_kwargs",
-    "structural_tag", "request_id", "return_token_ids", "kv_transfer_params", "vllm_xargs", "include_reasoning",
-    "separate_reasoning", "enable_thinking", "thinking", "thinking_budget", "reasoning", "provider", "transforms", "plugins",
-    "length_penalty", "mirostat", "keep_alive", "zzzzz", "frequencies",
+    "spaces_between_special_tokens", "mm_processor_kwargs", "structural_tag", "request_id", "kv_transfer_params",
+    "vllm_xargs", "include_reasoning", "separate_reasoning", "enable_thinking", "thinking", "thinking_budget", "reasoning",
+    "provider", "transforms", "plugins", "length_penalty", "mirostat", "keep_alive", "zzzzz", "frequencies",
 )  # fmt: skip
 """What vLLM, SGLang, OpenRouter and Ollama know, or nobody."""
 
