@@ -36,9 +36,12 @@ def as_on_a_gpu(config: EngineConfig, resolved: ResolvedWorker) -> ProcessGroups
     return ProcessGroups(config, resolved, config.hung_after_s)
 
 
-def outputs() -> list[tuple[int, ...]]:
-    with LLM(local=True, groups=2, block_size=16, threads=1, kv_memory="64MiB", seed=1) as llm:
-        return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS, progress=False)]
+def two_groups() -> LLM:
+    return LLM(local=True, groups=2, block_size=16, threads=1, kv_memory="64MiB", seed=1)
+
+
+def outputs(llm: LLM) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS, progress=False)]
 
 
 def child_of(llm: LLM) -> int:
@@ -50,10 +53,16 @@ def child_of(llm: LLM) -> int:
     return groups._child.pid
 
 
-def test_the_same_tokens_as_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_threads = outputs()
+def test_the_same_tokens_as_with_threads_and_it_is_gone_when_the_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with two_groups() as llm:
+        as_threads = outputs(llm)
     monkeypatch.setattr(cluster.local.engine, "ThreadGroups", as_on_a_gpu)
-    assert outputs() == as_threads
+    with two_groups() as llm:
+        child = child_of(llm)
+        os.kill(child, 0)
+        assert outputs(llm) == as_threads
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 @pytest.mark.usefixtures("in_a_process")
@@ -104,12 +113,3 @@ def test_a_process_that_dies_ends_what_is_under_way_with_the_reason() -> None:
         *_, (_, last) = stream
         assert last.error is not None
         assert "process of the local groups has ended" in last.error
-
-
-@pytest.mark.usefixtures("in_a_process")
-def test_it_is_gone_when_the_engine_is() -> None:
-    with LLM(local=True, block_size=16, threads=1, kv_memory="64MiB") as llm:
-        child = child_of(llm)
-        os.kill(child, 0)
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)

@@ -135,6 +135,7 @@ def test_nothing_is_preempted_for_one_that_only_waits() -> None:
     assert cluster.core.counters.preemptions == 0
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(("depth", "steps"), [(0, 1), (1, 1), (1, 3)])
 @pytest.mark.parametrize("pool", [6, 7, 8])
 def test_every_token_is_right_under_pressure(pool: int, depth: int, steps: int) -> None:

@@ -110,6 +110,7 @@ def test_a_connection_that_loses_all_that_it_carries_is_left(undisturbed: list[R
         require_equal(output, expected, name)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_what_is_made_of_prompts_is_made_again(pooling: Pooling) -> None:
     """It has no tokens from which it could go on: the next scheduler is asked for the whole, and what comes is the same."""

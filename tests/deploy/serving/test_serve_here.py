@@ -62,30 +62,23 @@ def test_what_uvicorn_logs_is_written_as_everything_else() -> None:
     assert HttpServer(FastAPI(), ServeConfig(), lambda: None).config.log_config is None
 
 
-def test_its_queue_is_bounded(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    long = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with served(log, "--port", "0", "--max-num-seqs", "1", "--max-queued-requests", "1") as process:
-        url = ready_at(log, process)
-        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=PATIENCE_S, trust_env=False) as answer:
-            lines = answer.iter_lines()
-            next(lines)  # one of its choices runs, the others wait
-            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "def g("}, timeout=PATIENCE_S, trust_env=False)
-    assert refused.status_code == 429
-    assert int(refused.headers["retry-after"]) >= 1
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path, number: signal.Signals) -> None:
+def test_its_queue_is_bounded_it_says_for_whom_it_waits_and_a_second_signal_ends_them(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     log = tmp_path / "log"
     asked = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with sigint(signal.default_int_handler), served(log, "--port", "0") as process:
+    options = "--port", "0", "--max-num-seqs", "1", "--max-queued-requests", "1"
+    with sigint(signal.default_int_handler), served(log, *options) as process:
         url = ready_at(log, process)
         assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S, trust_env=False) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            next(lines)  # one of its choices runs, the others wait
+            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "def g("}, timeout=PATIENCE_S, trust_env=False)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
             process.send_signal(number)
             wait_for("waiting for 1 request(s) under way", log, process)
             process.send_signal(number)

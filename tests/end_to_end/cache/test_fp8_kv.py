@@ -70,7 +70,8 @@ FOLLOWED = [PREFIX + draw(12, seed=91 + number) for number in range(16)]
 OUTPUT = greedy(24)
 
 
-@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
+@pytest.mark.few(1)
+@pytest.mark.parametrize("size", [2, 1], ids=lambda size: f"tp{size}")
 def test_a_prefix_from_another_group(size: int, scaled: Path) -> None:
     with open_llm(scaled, **NARROW) as llm:
         expected = tokens(run(llm, FOLLOWED, OUTPUT))

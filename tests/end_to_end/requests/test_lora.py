@@ -74,7 +74,7 @@ def ask(llm: LLM, prompts: list[list[int]], names: list[str | None] | str | None
 MIXED: list[str | None] = ["all", None, "large", "some", "all", "large", None, "some"]
 
 
-@pytest.mark.few
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("slots", [3, 1])
 def test_several_adapters_and_none_in_one_batch(adapted: Adapted, size: int, slots: int) -> None:

@@ -32,6 +32,7 @@ def make(checkpoint: Path) -> Iterator[Make]:
         one.close()
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1, 2])

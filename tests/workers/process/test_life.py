@@ -209,6 +209,7 @@ def test_every_rank_hears_that_its_scheduler_lives_and_of_the_next_one_as_well(s
     group.join()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_group_that_hears_of_no_scheduler_ends_itself(servers: list[Served], size: int) -> None:
     group = Group(address(servers[0]), size=size, abandoned_after_s=0.3)

@@ -45,6 +45,7 @@ def random_masks(shape: tuple[int, ...], share: float, seed: int = 0) -> Masks:
     return masks
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("every", [1, 2])

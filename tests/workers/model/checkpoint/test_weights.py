@@ -196,6 +196,7 @@ def windows(folder: Path) -> list[int | None]:
     return [form.window for form in read_config(folder).forms]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "said",
     [

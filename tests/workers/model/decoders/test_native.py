@@ -40,7 +40,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **fields)
 
 
-@pytest.mark.few
+@pytest.mark.few(5)
 @pytest.mark.parametrize("size", [1, 2])
 def test_greedy_tokens_equal_transformers(checkpoint: Path, size: int) -> None:
     with Ranks(checkpoint, size) as ranks:
@@ -55,6 +55,7 @@ def test_logits_equal_transformers(checkpoint: Path) -> None:
             torch.testing.assert_close(ranks.logits(make_step([(0, 0, PROMPT)]))[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [2, 4])
 def test_float64_does_not_depend_on_the_ranks(checkpoint: Path, size: int) -> None:
     step = make_step([(0, 0, PROMPT)])

@@ -115,6 +115,7 @@ def test_a_plan_knows_the_bytes(case: tuple[str, Path], monkeypatch: pytest.Monk
         assert planned.kept.endswith("as they are" if keeps else "plain numbers")
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("case", ["mxfp4", "mxfp4-cut", "fp8-blocks"], indirect=True)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_ranks_of_a_mixture_add_up(parallel: bool, case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

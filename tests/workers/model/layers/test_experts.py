@@ -117,7 +117,7 @@ def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -
     assert int(plain.load.sum()) == tokens * mixture.config.per_token
 
 
-@pytest.mark.few
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("plain_experts")
 @pytest.mark.parametrize("tokens", [1, 3, 11])
 def test_it_adds_the_experts_of_the_norm(checkpoint: Path, tokens: int) -> None:

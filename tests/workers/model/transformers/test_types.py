@@ -22,7 +22,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 def test_greedy_tokens_equal_transformers(checkpoint: tuple[str, Path]) -> None:
     kind, path = checkpoint
     expected = [generate_reference(path, prompt, NEW_TOKENS) for prompt in PROMPTS]

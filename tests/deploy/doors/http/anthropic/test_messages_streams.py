@@ -87,6 +87,7 @@ OUTPUTS = [
 ]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_stream_says_the_same(scripted: Scripted, thinker: Path, output: str, steps: int) -> None:

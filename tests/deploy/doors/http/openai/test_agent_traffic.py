@@ -15,7 +15,7 @@ from deploy.frontend.service.service import Service
 from scheduler.config.core import CacheConfig
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, Host
 
-TURNS, CONTEXT = 8, 3000
+TURNS, CONTEXT = 5, 2000
 BLOCKS = Blocks()
 
 

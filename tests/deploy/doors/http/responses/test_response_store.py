@@ -101,6 +101,7 @@ def test_what_is_too_large_pushes_nobody_out(store: KeptResponses) -> None:
     assert store.body("ann", "a") is not None
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_bounds_hold_and_conversations_are_whole(seed: int) -> None:
     chance, clock = random.Random(seed), Clock()
