@@ -11,7 +11,8 @@ And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a s
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
 and kills either one that is stopped for good: half of all newcomers would wait for it. Each change of the configuration
-brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
+brings another guard. (But for the first of a manager of Serve's that comes in place of one that has died: it knows of no route
+yet, and goes on with those that its predecessor knew.) Its second one has taken the doors over before the one before lets go of them, and guards start theirs
 one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
@@ -121,6 +122,17 @@ def patient(configuration: str, unavailable: Path) -> str:
     """
     configuration = ERROR_FILE.sub(rf"\1{unavailable}", configuration)
     return configuration if KNOWN_ROUTE.search(configuration) else NO_ROUTE.sub(rf"\1{RETURN_503}", configuration)
+
+
+def with_routes(configuration: str, known: Path, *, fresh: bool) -> str:
+    """The same configuration, which is kept in `known` if it has routes. One without, of a manager that has only begun
+    (`fresh`): what stands there, else newcomers would get 503 until Serve has told that one of the applications. It has told one
+    that has begun that there are none."""
+    if KNOWN_ROUTE.search(configuration):
+        _note(known, configuration)
+    elif fresh and known.exists():
+        return known.read_text()
+    return configuration
 
 
 def apart(configuration: str, folder: Path) -> str:
@@ -267,10 +279,10 @@ class Watchdog:
         return None
 
 
-def _note(file: Path, process: int) -> None:
+def _note(file: Path, what: int | str) -> None:
     """Whole, or not at all."""
     fresh = file.with_suffix(f".{os.getpid()}")
-    fresh.write_text(str(process))
+    fresh.write_text(str(what))
     fresh.rename(file)
 
 
@@ -321,6 +333,7 @@ def main(arguments: list[str]) -> None:
         )
         configuration = patient(configuration, unavailable)
         configuration = bounded(configuration, float(receive_timeout_s), int(max_connections))
+        configuration = with_routes(configuration, file.parent / "routes.cfg", fresh="-sf" not in given)
         file.write_text(configuration)
         (file.parent / "second.cfg").write_text(apart(configuration, file.parent))
         if "-sf" not in given and (left := _noted(file.parent / "first.pid")) is not None and _is_haproxy(left, file):

@@ -239,6 +239,29 @@ def test_newcomers_meet_no_gap_when_either_haproxy_dies(tmp_path: Path) -> None:
         assert answers(door)
 
 
+def test_a_manager_that_knows_no_route_yet_goes_on_with_those_that_were_known(tmp_path: Path) -> None:
+    """Serve starts another manager where one has died, which starts HAProxy, and hears of applications afterwards."""
+    with doors(tmp_path) as (start, door):
+        file, there = tmp_path / "haproxy.cfg", "    http-request return status 200\n"
+        bare = file.read_text().replace(there, "    default_backend default_backend\n") + (
+            "backend default_backend\n    http-request return status 404 content-type text/plain string 'not found'\n"
+        )
+        known = f"    use_backend b if {{ path_beg / }}\n    default_backend default_backend\nbackend b\n{there}"
+        file.write_text(bare.replace("    default_backend default_backend\n", known))
+        first, second = start(), second_of(tmp_path)
+        for _ in range(2):
+            first.kill()
+            first.wait()
+            file.write_text(bare)
+            first = start()
+            second = second_of(tmp_path, before=second)
+            assert answers(door)
+        file.write_text(bare)
+        start("-sf", str(first.pid))
+        second_of(tmp_path, before=second)
+        assert answer_of(door, b"GET / HTTP/1.0\r\n\r\n", b"").startswith(b"HTTP/1.1 503 "), "that there are none is told later"
+
+
 def test_a_guard_has_no_file_of_its_parents_and_takes_the_second_one_with_it(tmp_path: Path) -> None:
     with doors(tmp_path) as (start, _), (tmp_path / "theirs").open("w") as theirs:
         os.set_inheritable(theirs.fileno(), True)
