@@ -11,9 +11,9 @@ And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a s
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
 and kills either one that is stopped for good: half of all newcomers would wait for it. Each change of the configuration
-brings another guard. (But for the first of a manager of Serve's that comes in place of one that has died: it knows of no route
-yet, and goes on with those that its predecessor knew.) Its second one has taken the doors over before the one before lets go of them, and guards start theirs
-one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs.
+brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
+one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs. Whoever Serve
+starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on with those known last.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
@@ -125,9 +125,8 @@ def patient(configuration: str, unavailable: Path) -> str:
 
 
 def with_routes(configuration: str, known: Path, *, fresh: bool) -> str:
-    """The same configuration, which is kept in `known` if it has routes. One without, of a manager that has only begun
-    (`fresh`): what stands there, else newcomers would get 503 until Serve has told that one of the applications. It has told one
-    that has begun that there are none."""
+    """The same configuration, which is kept in `known` if it has routes. Instead of one without, of a manager that has only
+    begun (`fresh`): what stands there, or newcomers would get 503 until Serve has told that manager of the applications."""
     if KNOWN_ROUTE.search(configuration):
         _note(known, configuration)
     elif fresh and known.exists():

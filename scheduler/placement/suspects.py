@@ -8,14 +8,14 @@
 
 What strikes several groups at once (their host, its network) is noticed of one after the other, and whoever goes from each to
 the next meets all their deaths. So a death counts only if its group had lived on after the one before: by more than what was on
-its way then can say. Who has met one that does not count is *wary*: it goes on in a group that has lived on, where there is room,
+its way then can say. Who has met one that does not count is *wary*: it goes on in a group that has lived on, if there is room,
 or as others do once every group has, and the next death counts. A suspect is tried in a group that has. Hence a request takes
 four groups at most, three if each lives on with it for a second.
 
-Nobody wary waits for ever. A group lives on with its next step, or when it comes up; one whose step does not end is fenced once
-that has taken longer than any may (`Vitals`), and then it is not waited for. A group that is in such a step keeps nobody from
-one that is not. The wary are asked before the queue whenever somebody may start, so what becomes free there is theirs; they
-hold nothing meanwhile, and nobody waits for them.
+Nobody wary waits for ever. A group lives on with its next step, or when it comes up; one whose step does not end is fenced when
+that has taken longer than any may (`Vitals`), and is waited for no more. One in such a step keeps nobody from the others. The
+wary are asked before the queue whenever somebody may start, so what becomes free is theirs; they hold nothing meanwhile, and
+nobody waits for them.
 
 A trial is short, and those who make room for it find their blocks where they were. Imports `state`, `admission` and `leases`.
 """
@@ -90,8 +90,8 @@ class Suspects:
         return self._group is not None or bool(self._state.waiting.apart)
 
     def try_next(self) -> None:
-        """Lets those wary go on who may, the first of them first; begins the next trial if none is under way, and lets the suspect start once it has its
-        group to itself."""
+        """Lets those wary go on who may, the first of them first; begins the next trial if none is under way, and lets the
+        suspect start once it has its group to itself."""
         self._reassure()
         group = self._group = self._standing() or self._empty_one()
         suspect = group.alone if group is not None else None

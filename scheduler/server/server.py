@@ -73,8 +73,8 @@ class SchedulerServer:
         return self._shell.call(change)
 
     def group_lost(self, group: GroupId, reason: str, back_s: float | None = None) -> None:
-        """The group is tried again only in `back_s`; None: it will not come back. Its leader may not have heard yet that it ended: what it says
-        counts no more."""
+        """The group is tried again only in `back_s`; None: it will not come back. Its leader may not have heard yet
+        that it ended: what it says counts no more."""
         leader = self._leaders.pop(group, None)
         if leader is not None:
             leader.close()
