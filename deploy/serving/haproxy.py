@@ -59,6 +59,11 @@ UNAVAILABLE = (
 )
 RETURN_503 = f"http-request return status 503 content-type application/json hdr Retry-After 1 string '{UNAVAILABLE}'"
 
+RETRIED = (
+    (re.compile(r"^(\s*retry-on conn-failure)$", re.MULTILINE), r"\1 empty-response"),
+    (re.compile(r"^(frontend http_frontend\n)(?!    option http-buffer)", re.MULTILINE), r"\1    option http-buffer-request\n"),
+)
+
 APART = (
     (re.compile(r"^(\s*stats socket )\S+", re.MULTILINE), "second.sock"),
     (re.compile(r"^(frontend prometheus\n\s*bind )\S+", re.MULTILINE), "unix@second-metrics.sock"),
@@ -122,6 +127,19 @@ def patient(configuration: str, unavailable: Path) -> str:
     """
     configuration = ERROR_FILE.sub(rf"\1{unavailable}", configuration)
     return configuration if KNOWN_ROUTE.search(configuration) else NO_ROUTE.sub(rf"\1{RETURN_503}", configuration)
+
+
+def retried(configuration: str) -> str:
+    """The same configuration, by which another replica is asked where one has ended before a byte of its answer. A second time
+    changes nothing.
+
+    Nothing of the request is left then: the scheduler ends what belongs to a replica that has gone. It has to be in HAProxy's
+    buffer (`tune.bufsize`, 16 KiB), as a whole before it is passed on: or its client is told 503, or nothing at all where the
+    connection to the replica had been used before. As often as connections are tried, so a request meets four replicas at most.
+    """
+    for found, instead in RETRIED:
+        configuration = found.sub(instead, configuration)
+    return configuration
 
 
 def with_routes(configuration: str, known: Path, *, fresh: bool) -> str:
@@ -331,7 +349,7 @@ def main(arguments: list[str]) -> None:
             f"Content-Length: {len(UNAVAILABLE)}\r\n\r\n{UNAVAILABLE}"
         )
         configuration = patient(configuration, unavailable)
-        configuration = bounded(configuration, float(receive_timeout_s), int(max_connections))
+        configuration = retried(bounded(configuration, float(receive_timeout_s), int(max_connections)))
         configuration = with_routes(configuration, file.parent / "routes.cfg", fresh="-sf" not in given)
         file.write_text(configuration)
         (file.parent / "second.cfg").write_text(apart(configuration, file.parent))
