@@ -24,7 +24,7 @@ class EngineConfig(ScalingConfig, CoreConfig, WorkerConfig):
     ray_address: str | None = option(None, "Ray cluster to join: an address or auto.", shown="a new one on this machine")
     max_group_restarts: int = option(
         5,
-        "Starts of a group that dies, within restart_window_s, for which requests wait; more are further and further apart.",
+        "Starts of a group that dies, within restart_window_s, that follow soon; more are further and further apart.",
         at_least(0),
     )
     restart_window_s: float = option(

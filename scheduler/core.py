@@ -8,6 +8,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 from kvcache.ids import BlockId, GroupId, host_of, narrow_of
@@ -21,7 +22,7 @@ from scheduler.placement.why import Tell
 from scheduler.protocol.leaders import Adapts, Commands, End, Moved, Refused, Report
 from scheduler.protocol.messages import Failure, FinishReason, Request
 from scheduler.state import invariants
-from scheduler.state.cluster import ClusterState
+from scheduler.state.cluster import ClusterState, Rest
 from scheduler.state.resident import ProtocolError, ResidentGroup
 from scheduler.state.sequence import Sequence
 
@@ -38,7 +39,8 @@ class SchedulerCore:
         self._state = state = ClusterState(config, self.resolved, bounds)
         self._admission = Admission(state)
         self._suspects = Suspects(state, self._admission)
-        self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
+        self.table, self.groups, self.sequences = state.table, state.groups, state.sequences
+        self.expected, self.resting = state.expected, state.resting
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
         self.watch = state.watch
@@ -84,8 +86,9 @@ class SchedulerCore:
     # ---- groups -------------------------------------------------------------------------------------------------------
 
     def expect(self, group: GroupId, blocks: int = 0) -> None:
-        """A group is coming up (or back): requests wait for it instead of failing. blocks: its blocks, if known."""
-        self.expected[group] = blocks
+        """A group is coming up (or back): requests wait for it. blocks: its blocks, if known; else as many as it had."""
+        rest = self.resting.pop(group, None)
+        self.expected[group] = blocks or (rest.blocks if rest is not None else self.expected.get(group, 0))
         self._state.pools_changed()
 
     def group_up(
@@ -126,6 +129,7 @@ class SchedulerCore:
         if self._state.narrow is not None:
             self._add_narrow_pools(group, narrow_blocks, host_narrow_blocks, narrow_standing)
         self.expected.pop(group, None)
+        self.resting.pop(group, None)
         self.groups[group] = ResidentGroup(
             group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self.watch,
             self._state.window, self._state.narrow,
@@ -185,18 +189,24 @@ class SchedulerCore:
                 if each in self.table.pools:
                     self.table.remove_group(each)
 
-    def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
+    def group_down(
+        self, group: GroupId, reason: str, *, returning: bool = False, back_s: float | None = None
+    ) -> None:  # fmt: skip
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.
 
-        returning: a replacement is on its way. Otherwise sequences that fit no other group fail with `reason`. back_s: when it
-        is tried again, if that is known. Also called for a group that was only expected and will not come.
+        returning: a replacement is on its way. Otherwise it is tried again in `back_s`, and whoever has been taken in waits for
+        it; None: it is not, and sequences that fit no other group fail with `reason`. Also called for a group that was only
+        expected and will not come, or not yet.
         """
-        lost = self.groups.pop(group, None)
+        lost, rest = self.groups.pop(group, None), self.resting.pop(group, None)
+        expected = self.expected.pop(group, rest.blocks if rest is not None else 0)
+        blocks = expected if lost is None else lost.blocks
         if returning:
-            self.expected[group] = lost.blocks if lost else 0
+            self.expected[group] = blocks
         else:
-            self.expected.pop(group, None)
-            self._state.lost, self._state.back_at_s = reason, self.now_s + back_s
+            self._state.lost = reason
+            if back_s is not None:
+                self.resting[group] = Rest(blocks, self.now_s + back_s)
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
@@ -380,9 +390,11 @@ class SchedulerCore:
             self._admit()
 
     def _reconsider(self, reason: str, failure: Failure) -> None:
-        """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""
+        """The groups have changed: shortens outputs without a limit to what is up or expected; ends what will fit none, also
+        once those that rest have come back."""
         self.waiting.unpark()
-        largest = self._state.largest
+        state = self._state
+        largest = state.largest if state.largest != 0 else state.largest_later
         if largest is None:
             return
         for sequence in [s for s in self.sequences.values() if s.blocks_at_once > largest]:
@@ -390,9 +402,11 @@ class SchedulerCore:
             output = sequence.committed - sequence.prompt_tokens
             room = largest * self.config.block_size + 1 - sequence.prompt_tokens
             if sequence.params.max_tokens is not None or sequence.pooling is not None or room < 1:
+                if state.rests_s(sequence.blocks_at_once) < math.inf:
+                    continue
                 message = f"no group can serve the request now: {reason}"
-                leases.end(self._state, sequence, FinishReason.FAILED, message, failure)
+                leases.end(state, sequence, FinishReason.FAILED, message, failure)
             elif output >= room:
-                leases.end(self._state, sequence, FinishReason.LENGTH)
+                leases.end(state, sequence, FinishReason.LENGTH)
             else:
                 sequence.max_tokens, sequence.blocks_at_most, sequence.blocks_at_once = room, largest, largest

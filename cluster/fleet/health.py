@@ -195,11 +195,11 @@ class GroupKeeper:
         return self._watch()
 
     def _pause(self, reason: str) -> bool:
-        """Before the next start; False when all is over. Requests wait for the group, unless it has died too often."""
+        """Before the next start; False when all is over. The group stays expected, unless it has died too often."""
         pause = self._restarts.after_death(time.monotonic())
         logger.error("%s; it starts again %s", reason, f"in {pause.seconds:g} s" if pause.seconds else "at once")
         if pause.spent:
-            self._scheduler.lose(self.group, reason, pause.seconds)
+            self._scheduler.rest(self.group, reason, pause.seconds)
         return not self._closing.wait(pause.seconds)
 
     def _give_up(self, reason: str) -> None:

@@ -14,14 +14,14 @@ LONGEST_PAUSE_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Seconds before the next start. spent: the window's starts are used up, so nobody should wait for it."""
+    """Seconds before the next start. spent: the window's starts are used up: the group rests, and is not expected so long."""
 
     seconds: float
     spent: bool
 
 
 class Restarts:
-    """most: starts within `window_s` for which requests wait."""
+    """most: starts within `window_s` that follow soon."""
 
     def __init__(self, most: int, window_s: float) -> None:
         self._most, self._window_s = most, window_s

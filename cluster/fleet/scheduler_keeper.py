@@ -67,6 +67,8 @@ class SchedulerKeeper:
         self._live: LiveScheduler | None = None
         self._last_epoch = -1
         self._announced: set[int] = set()
+        self._resting: dict[int, tuple[str, float]] = {}
+        """Why each was lost that is tried again later, and when that is."""
         self._fenced: dict[int, Fenced] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="manta-scheduler-keeper", daemon=True)
@@ -108,12 +110,21 @@ class SchedulerKeeper:
     def announce(self, group: int) -> None:
         """A group will come up: every scheduler knows of it before it hears of any request, which wait for it."""
         self._announced.add(group)
+        self._resting.pop(group, None)
 
-    def lose(self, group: int, reason: str, back_s: float = 0.0) -> None:
-        """Nobody waits for the group any more, until it is expected again. back_s: when that may be; 0: never.
-        Errors: EngineError if the scheduler does not answer."""
+    def lose(self, group: int, reason: str) -> None:
+        """The group will not come back. Errors: EngineError if the scheduler does not answer."""
         self._announced.discard(group)
-        self.call("group_lost", group, reason, back_s)
+        self._resting.pop(group, None)
+        self.call("group_lost", group, reason)
+
+    def rest(self, group: int, reason: str, back_s: float) -> None:
+        """The group is not expected before it is tried again, in `back_s`. Every scheduler knows of it until then: one that
+        does not hear of it now goes on to expect it, or is replaced."""
+        self._announced.discard(group)
+        self._resting[group] = (reason, time.monotonic() + back_s)
+        with contextlib.suppress(EngineError):
+            self.call("group_lost", group, reason, back_s)
 
     def fenced(self, group: int, epoch: int) -> Fenced | None:
         """Why the scheduler does not listen to this epoch of the group any more; None while it does, as far as is known."""
@@ -194,7 +205,10 @@ class SchedulerKeeper:
         if self._owner is not None:
             self._owner.keep(actor)
         try:
-            ray.get([actor.expect.remote(group) for group in sorted(self._announced)], timeout=timeout_s)
+            told = [actor.expect.remote(group) for group in sorted(self._announced)]
+            for group, (reason, back_at_s) in sorted(self._resting.items()):
+                told.append(actor.group_lost.remote(group, reason, max(0.0, back_at_s - time.monotonic())))
+            ray.get(told, timeout=timeout_s)
             host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             ray.kill(actor)

@@ -12,7 +12,8 @@ processes reaches. When either dies, what is connected to it is cut, and newcome
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
 and kills either one that is stopped for good: half of all newcomers would wait for it. Each change of the configuration
 brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
-one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs.
+one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs. Whoever Serve
+starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on with those known last.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
@@ -57,6 +58,11 @@ UNAVAILABLE = (
     '{"error":{"message":"no replica can be reached now: try again soon","type":"server_error","param":null,"code":null}}'
 )
 RETURN_503 = f"http-request return status 503 content-type application/json hdr Retry-After 1 string '{UNAVAILABLE}'"
+
+RETRIED = (
+    (re.compile(r"^(\s*retry-on conn-failure)$", re.MULTILINE), r"\1 empty-response"),
+    (re.compile(r"^(frontend http_frontend\n)(?!    option http-buffer)", re.MULTILINE), r"\1    option http-buffer-request\n"),
+)
 
 APART = (
     (re.compile(r"^(\s*stats socket )\S+", re.MULTILINE), "second.sock"),
@@ -121,6 +127,29 @@ def patient(configuration: str, unavailable: Path) -> str:
     """
     configuration = ERROR_FILE.sub(rf"\1{unavailable}", configuration)
     return configuration if KNOWN_ROUTE.search(configuration) else NO_ROUTE.sub(rf"\1{RETURN_503}", configuration)
+
+
+def retried(configuration: str) -> str:
+    """The same configuration, by which another replica is asked where one has ended before a byte of its answer. A second time
+    changes nothing.
+
+    Nothing of the request is left then: the scheduler ends what belongs to a replica that has gone. It has to be in HAProxy's
+    buffer (`tune.bufsize`, 16 KiB), as a whole before it is passed on: or its client is told 503, or nothing at all where the
+    connection to the replica had been used before. As often as connections are tried, so a request meets four replicas at most.
+    """
+    for found, instead in RETRIED:
+        configuration = found.sub(instead, configuration)
+    return configuration
+
+
+def with_routes(configuration: str, known: Path, *, fresh: bool) -> str:
+    """The same configuration, which is kept in `known` if it has routes. Instead of one without, of a manager that has only
+    begun (`fresh`): what stands there, or newcomers would get 503 until Serve has told that manager of the applications."""
+    if KNOWN_ROUTE.search(configuration):
+        _note(known, configuration)
+    elif fresh and known.exists():
+        return known.read_text()
+    return configuration
 
 
 def apart(configuration: str, folder: Path) -> str:
@@ -267,10 +296,10 @@ class Watchdog:
         return None
 
 
-def _note(file: Path, process: int) -> None:
+def _note(file: Path, what: int | str) -> None:
     """Whole, or not at all."""
     fresh = file.with_suffix(f".{os.getpid()}")
-    fresh.write_text(str(process))
+    fresh.write_text(str(what))
     fresh.rename(file)
 
 
@@ -320,7 +349,8 @@ def main(arguments: list[str]) -> None:
             f"Content-Length: {len(UNAVAILABLE)}\r\n\r\n{UNAVAILABLE}"
         )
         configuration = patient(configuration, unavailable)
-        configuration = bounded(configuration, float(receive_timeout_s), int(max_connections))
+        configuration = retried(bounded(configuration, float(receive_timeout_s), int(max_connections)))
+        configuration = with_routes(configuration, file.parent / "routes.cfg", fresh="-sf" not in given)
         file.write_text(configuration)
         (file.parent / "second.cfg").write_text(apart(configuration, file.parent))
         if "-sf" not in given and (left := _noted(file.parent / "first.pid")) is not None and _is_haproxy(left, file):

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_blocks
-from scheduler.placement.limits import RequestRefused, blocks_for, output_limit, queue_room, slots_for
+from scheduler.placement.limits import RequestRefused, blocks_for, output_limit, queue_room, rest_room, slots_for
 from scheduler.protocol.messages import FinishReason, Request, Resumption
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ProtocolError
@@ -25,11 +25,16 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     """
     config, params, resumed = state.config, request.params, request.resumption
     prompt = np.frombuffer(request.tokens, np.int32)
-    max_tokens = output_limit(
-        len(prompt), params.max_tokens if request.pooling is None else 0, state.resolved.max_model_len, config.block_size,
-        state.longest, state.lost, state.back_at_s - state.now_s,
-    )  # fmt: skip
+    asked = params.max_tokens if request.pooling is None else 0
+    longest = state.longest(state.largest)
+    if asked is not None or (longest is not None and blocks_for(len(prompt), config.block_size) > longest):
+        longest = state.longest(state.largest_later)  # an output without a limit would wait for more than it needs
+    max_tokens = output_limit(len(prompt), asked, state.resolved.max_model_len, config.block_size, longest, state.lost)
+    blocks = blocks_for(slots_for(len(prompt), max_tokens), config.block_size)
+    at_once = blocks if state.window is None else min(blocks, state.window.most)
     if resumed is None:
+        if state.largest is not None and at_once > state.largest:
+            rest_room(state.bounds, state.rests_s(at_once), request.deadline_s, state.lost)
         try:
             queue_room(state.bounds, state.waiting, request, len(prompt), state.now_s)
         except RequestRefused:
@@ -37,8 +42,6 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
             raise
     _check_streams(state, front_end, request)
     hashes = _hashes(request, prompt, config.block_size)
-    blocks = blocks_for(slots_for(len(prompt), max_tokens), config.block_size)
-    at_once = blocks if state.window is None else min(blocks, state.window.most)
     arrived_s = state.now_s - (0.0 if resumed is None else max(0.0, resumed.age_s))
     deadline_s = math.inf if request.deadline_s is None else arrived_s + request.deadline_s
     seed = state.random.getrandbits(63) if params.seed is None else params.seed

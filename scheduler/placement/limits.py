@@ -39,22 +39,17 @@ def slots_for(prompt: int, output: int) -> int:
 
 
 def output_limit(
-    prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = "",
-    back_s: float = 0.0,
+    prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = ""
 ) -> int:  # fmt: skip
     """Output tokens that the request may have: max_tokens, which may be 0, or all that model and pools leave if it names none.
 
-    largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went;
-    back_s: when it may be there again.
+    largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went.
     Errors: RequestRefused.
     """
     if prompt < 1:
         raise RequestRefused("the prompt is empty: give it at least one token")
     if largest_pool == 0:
-        because = f" ({lost})" if lost else ""
-        retry_after_s = retry_after(back_s)
-        message = f"no group of workers is up or expected{because}: try again in {retry_after_s:.0f} s"
-        raise RequestRefused(message, Failure.UNAVAILABLE, retry_after_s)
+        raise _nobody(lost, 0.0)
     least = 1 if max_tokens is None else max_tokens
     if prompt + least > max_model_len:
         raise RequestRefused(
@@ -73,6 +68,15 @@ def output_limit(
             )
         room = min(room, largest_pool * block_size + 1 - prompt)
     return room if max_tokens is None else max_tokens
+
+
+def rest_room(bounds: QueueBounds | None, rests_s: float, deadline_s: float | None, lost: str) -> None:
+    """May a newcomer wait that only a group can serve which is tried again in `rests_s`? Where the queue has bounds, for as
+    long as anybody is told to wait at most; and not where its deadline would come first. Once taken in it waits until that.
+    Errors: RequestRefused; when to try again is when the group is tried."""
+    patience_s = math.inf if bounds is None else LONGEST_RETRY_S
+    if rests_s > min(patience_s, math.inf if deadline_s is None else deadline_s):
+        raise _nobody(lost, rests_s)
 
 
 def queue_room(bounds: QueueBounds | None, waiting: WaitingRoom, request: Request, tokens: int, now_s: float) -> None:
@@ -114,6 +118,12 @@ def _wait_s(waiting: WaitingRoom, request: Request, now_s: float) -> float:
     if per_s is None:
         return 0.0
     return waiting.fair.ahead(request.tenant, request.priority) / per_s if per_s else math.inf
+
+
+def _nobody(lost: str, rests_s: float) -> RequestRefused:
+    because, retry_after_s = f" ({lost})" if lost else "", retry_after(rests_s)
+    message = f"no group of workers is up or expected{because}: try again in {retry_after_s:.0f} s"
+    return RequestRefused(message, Failure.UNAVAILABLE, retry_after_s)
 
 
 def _refusal(why: str, wait_s: float) -> RequestRefused:

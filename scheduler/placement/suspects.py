@@ -8,9 +8,14 @@
 
 What strikes several groups at once (their host, its network) is noticed of one after the other, and whoever goes from each to
 the next meets all their deaths. So a death counts only if its group had lived on after the one before: by more than what was on
-its way then can say. Who has met one that does not count is *wary*: it goes on once every group has lived on, and the next
-counts. A suspect is tried in a group that has. Hence a request takes four groups at most, three if each lives on with it for a
-second.
+its way then can say. Who has met one that does not count is *wary*: it goes on in a group that has lived on, if there is room,
+or as others do once every group has, and the next death counts. A suspect is tried in a group that has. Hence a request takes
+four groups at most, three if each lives on with it for a second.
+
+Nobody wary waits for ever. A group lives on with its next step, or when it comes up; one whose step does not end is fenced when
+that has taken longer than any may (`Vitals`), and is waited for no more. One in such a step keeps nobody from the others. The
+wary are asked before the queue whenever somebody may start, so what becomes free is theirs; they hold nothing meanwhile, and
+nobody waits for them.
 
 A trial is short, and those who make room for it find their blocks where they were. Imports `state`, `admission` and `leases`.
 """
@@ -85,8 +90,8 @@ class Suspects:
         return self._group is not None or bool(self._state.waiting.apart)
 
     def try_next(self) -> None:
-        """Lets those wary go on who may; begins the next trial if none is under way, and lets the suspect start once it has its
-        group to itself."""
+        """Lets those wary go on who may, the first of them first; begins the next trial if none is under way, and lets the
+        suspect start once it has its group to itself."""
         self._reassure()
         group = self._group = self._standing() or self._empty_one()
         suspect = group.alone if group is not None else None
@@ -96,15 +101,26 @@ class Suspects:
             self._admission.place_in(group, suspect)
 
     def _reassure(self) -> None:
-        """Those wary join the queue once all groups that they might go to have lived on."""
-        waiting, groups = self._state.waiting, self._state.groups.values()
-        whole_s = min((group.whole_s for group in groups if not group.draining), default=math.inf)
-        ready = [each for each in waiting.apart if not each.suspect and whole_s >= each.bereaved_s + BEAT_S]
+        """Those wary join the queue once all groups that they might go to have lived on. Until then each goes to one that has,
+        the least loaded first; who finds no room there keeps those behind it waiting for it, or each would cost a match."""
+        waiting, groups = self._state.waiting, [group for group in self._state.groups.values() if not group.draining]
+        whole_s = min((group.whole_s for group in groups), default=math.inf)
+        wary = sorted(each for each in waiting.apart if not each.suspect)
+        ready = [each for each in wary if whole_s >= each.bereaved_s + BEAT_S]
         for sequence in ready:
             waiting.apart.remove(sequence)
             sequence.wary = False
         if ready:
             waiting.join(ready)
+        for sequence in [each for each in wary if each.wary]:
+            able = [group for group in groups if _lived_on(group, sequence) and group.blocks >= sequence.blocks_at_once]
+            for group in sorted(able, key=_load):
+                self._admission.place_in(group, sequence)
+                if sequence.state is not State.WAITING:
+                    sequence.wary = False
+                    break
+            if able and sequence.wary:
+                break
 
     def _standing(self) -> ResidentGroup | None:
         """The group of the trial that goes on: neither it nor the suspect has gone."""
@@ -130,7 +146,11 @@ class Suspects:
     def _least_loaded(self, suspect: Sequence) -> ResidentGroup | None:
         groups = (g for g in self._state.groups.values() if g.blocks >= suspect.blocks_at_once and not g.draining)
         fit = [group for group in groups if _lived_on(group, suspect)]
-        return min(fit, key=lambda g: (len(g.running) + len(g.fetching), g.group), default=None)
+        return min(fit, key=_load, default=None)
+
+
+def _load(group: ResidentGroup) -> tuple[int, GroupId]:
+    return len(group.running) + len(group.fetching), group.group
 
 
 def _lived_on(group: ResidentGroup, sequence: Sequence) -> bool:

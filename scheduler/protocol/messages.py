@@ -44,7 +44,7 @@ class Failure(IntEnum):
     FAULT = 0  # Manta's: a lost group that was not replaced, a bug
     IMPOSSIBLE = 1  # the request can never be served as it is
     OVERLOADED = 2  # not now: the queue is full; try again after `retry_after_s`
-    UNAVAILABLE = 3  # no group is up or expected
+    UNAVAILABLE = 3  # no group is up or expected, nor tried again soon
     TIMED_OUT = 4  # its deadline has passed
 
 

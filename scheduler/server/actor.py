@@ -100,9 +100,9 @@ class SchedulerActor:
         """A group is being started: requests wait for it."""
         self._server.call(lambda core: core.expect(GroupId(group)))
 
-    async def group_lost(self, group: int, reason: str, back_s: float) -> None:
-        """Nobody is to wait for the group: what only it could serve fails with `reason`. back_s: when it is tried again; 0: it
-        will not come back."""
+    async def group_lost(self, group: int, reason: str, back_s: float | None = None) -> None:
+        """The group is tried again only in `back_s`; None: it will not come back, and what only it could serve fails with
+        `reason`."""
         self._server.group_lost(GroupId(group), reason, back_s)
 
     async def drain(self, group: int, returning: bool) -> bool:

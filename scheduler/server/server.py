@@ -72,9 +72,9 @@ class SchedulerServer:
         """One call into the core, see `Shell.call`."""
         return self._shell.call(change)
 
-    def group_lost(self, group: GroupId, reason: str, back_s: float = 0.0) -> None:
-        """The group will not come back, or only in `back_s`. Its leader may not have heard yet that it ended: what it says
-        counts no more."""
+    def group_lost(self, group: GroupId, reason: str, back_s: float | None = None) -> None:
+        """The group is tried again only in `back_s`; None: it will not come back. Its leader may not have heard yet
+        that it ended: what it says counts no more."""
         leader = self._leaders.pop(group, None)
         if leader is not None:
             leader.close()

@@ -124,7 +124,8 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 def snapshot(core: SchedulerCore) -> EngineStats:
     """Costs time linear in the number of groups and live sequences."""
     groups = [_group_stats(core, group) for group in core.groups.values()]
-    groups += [GroupStats(name, False, blocks, 0, 0, 0, 0) for name, blocks in core.expected.items()]
+    absent = core.expected | {name: rest.blocks for name, rest in core.resting.items()}
+    groups += [GroupStats(name, False, blocks, 0, 0, 0, 0) for name, blocks in absent.items()]
     waiting = [sequence for sequence in core.sequences.values() if sequence.blocks is None]
     newcomers = [sequence.arrived_s for sequence in waiting if sequence.cached_tokens is None]
     return EngineStats(

@@ -9,7 +9,9 @@ Imports the data that it holds; decides nothing.
 """
 
 import itertools
+import math
 import random
+from typing import NamedTuple
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
@@ -26,14 +28,21 @@ from scheduler.state.waiting import WaitingRoom
 from scheduler.state.window import Window
 
 
+class Rest(NamedTuple):
+    """Of a group that has died too often. blocks: of its pool, 0 if unknown. back_at_s: when it is tried again."""
+
+    blocks: int
+    back_at_s: float
+
+
 class ClusterState:
     """Mutated by the core and those that it asks to decide alone, one call at a time.
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
-    their blocks, 0 if unknown. largest_up: blocks of the largest pool that is up. largest: of the largest pool; 0 without any
-    group, None while one of unknown size is expected. longest: blocks that bound the length of a sequence: those of the largest
-    pool, unless no sequence ever holds as many at once. computed: tokens that were computed lately. lost: why the last group
-    went that is not expected; back_at_s: when that is tried again, if it is. numbers: of sequences. random: draws the seeds of
+    their blocks, 0 if unknown. resting: those that are tried again later, and not expected until then. largest_up: blocks of
+    the largest pool that is up. largest: of the largest pool that is up or expected; 0 without any, None while one of unknown
+    size is expected. largest_later: likewise, those that rest included. computed: tokens that were computed lately. lost: why
+    the last group went that is not expected. numbers: of sequences. random: draws the seeds of
     requests that bring none. window: None where some layer sees all that came before. narrow: of the others then, if there are
     any: they have pools of their own (`kvcache.ids.NARROW`), and a sequence has blocks in both.
     """
@@ -48,6 +57,7 @@ class ClusterState:
         self.table = BlockTable(config.block_size, config.stride, *seen)
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
+        self.resting: dict[GroupId, Rest] = {}
         self.sequences: dict[tuple[int, int], Sequence] = {}
         self.deadlines = Deadlines(self.sequences)
         self.counters = Counters()
@@ -57,18 +67,28 @@ class ClusterState:
         self.outbox = Outbox()
         self.watch = Watch()
         self.computed = Pace()
-        self.lost, self.back_at_s = "", 0.0
+        self.lost = ""
         self.numbers = itertools.count()
         self.random = random.Random(config.seed)
         self.pools_changed()
 
     def pools_changed(self) -> None:
-        """A group has come or gone, or is expected now, or not any more."""
+        """A group has come or gone, or is expected now, or rests, or not any more."""
         self.largest_up = max((group.blocks for group in self.groups.values()), default=0)
-        expected = self.expected.values()
+        expected, resting = [*self.expected.values()], [rest.blocks for rest in self.resting.values()]
         self.largest = None if 0 in expected else max([self.largest_up, *expected])
-        endless = self.window is not None and self.largest is not None and self.largest >= self.window.most
-        self.longest = None if endless else self.largest
+        self.largest_later = None if 0 in expected + resting else max([self.largest_up, *expected, *resting])
+
+    def longest(self, largest: int | None) -> int | None:
+        """Blocks that bound the length of a sequence where that is the largest pool: its own, unless no sequence ever holds as
+        many at once."""
+        endless = self.window is not None and largest is not None and largest >= self.window.most
+        return None if endless else largest
+
+    def rests_s(self, blocks: int) -> float:
+        """Until a group that rests, and may have so many blocks, is tried again: the first of them; inf without one."""
+        back_at_s = (rest.back_at_s for rest in self.resting.values() if rest.blocks >= blocks or not rest.blocks)
+        return max(0.0, min(back_at_s, default=math.inf) - self.now_s)
 
     def group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None

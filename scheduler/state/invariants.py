@@ -21,6 +21,8 @@ from scheduler.state.window import Window
 def check(state: ClusterState) -> None:
     """Errors: AssertionError that names the rule, the group and the sequence."""
     running: list[Sequence] = []
+    names = [*state.groups, *state.expected, *state.resting]
+    assert len(names) == len(set(names)), f"a group is up, expected or rests, one of the three: {names}"
     for group in state.groups.values():
         _check_rows(state, group)
         _check_transfers(state, group)
@@ -88,6 +90,8 @@ def _check_membership(state: ClusterState, running: list[Sequence]) -> None:
 
 def _check_sequence(state: ClusterState, sequence: Sequence) -> None:
     name = f"sequence {sequence.number}"
+    will_fit = state.largest_later is None or sequence.blocks_at_once <= state.largest_later
+    assert will_fit, f"{name} waits for a group that will not come"
     assert sequence.state is not State.ENDED, f"{name} has ended but is still listed"
     assert (sequence.state is State.RUNNING) == (sequence.lease is not None), f"{name}: {sequence.state}, {sequence.lease}"
     placed = sequence.state in (State.RUNNING, State.FETCHING)

@@ -1,4 +1,4 @@
-"""Ends of an engine on a real local Ray cluster: no group left, no room, Ctrl-C. `test_two_groups.py` has the rest."""
+"""Ends of an engine on a real local Ray cluster: no group for a while, no room, Ctrl-C. `test_two_groups.py` has the rest."""
 
 import os
 import signal
@@ -14,9 +14,10 @@ import pytest
 import ray
 
 from cluster.engine import EngineError
+from cluster.fleet import restarts
 from deploy import LLM, SamplingParams
-from deploy.frontend.outputs import GenerationError, RequestOutput
-from tests.shared.processes import WORKER, alive, all_named, descendants, named, wait_gone
+from deploy.frontend.outputs import RequestOutput
+from tests.shared.processes import SCHEDULER, WORKER, alive, all_named, descendants, named, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -46,20 +47,24 @@ def until(what: str, true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_without_a_group_left_requests_fail_with_the_reason() -> None:
+def test_requests_wait_for_the_only_group_though_it_has_no_restart_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those under way go on, exact, once it is tried again; so do newcomers, and those whom another scheduler gets."""
+    monkeypatch.setattr(restarts, "SPENT_PAUSE_S", 5.0)
     others = descendants(os.getpid())
     with open_llm(local=False, groups=1, size=1, max_group_restarts=0, hung_after_s=600.0) as llm:
+        expected = tokens(llm.generate(PROMPTS, LONG, progress=False))
         processes = descendants(os.getpid()).keys() - others.keys()
         (victim,) = all_named(WORKER, 1)
         os.kill(victim, signal.SIGSTOP)  # so that no request ends before it dies
-        with ThreadPoolExecutor(1) as threads:
+        with ThreadPoolExecutor(2) as threads:
             killed = threads.submit(kill_once_it_has_work, llm, victim)
-            last = dict(llm.iterate(PROMPTS, LONG))
-        killed.result()
-        assert len(last) == len(PROMPTS)
-        assert all(output.error and "died" in output.error for output in last.values())
-        with pytest.raises((GenerationError, EngineError), match="died"):
-            llm.generate(PROMPTS, GREEDY, progress=False)
+            under_way = threads.submit(llm.generate, PROMPTS, LONG, progress=False)
+            killed.result()
+            until("it is not spent", lambda: not llm.stats().groups[0].up)
+            time.sleep(1.0)
+            os.kill(all_named(SCHEDULER, 1)[0], signal.SIGKILL)
+            assert tokens(llm.generate(PROMPTS, GREEDY, progress=False)), "nobody was up"
+            assert tokens(under_way.result()) == expected
     assert not wait_gone(processes)
 
 

@@ -323,10 +323,10 @@ class Cluster:
         )  # fmt: skip
         self.settle()
 
-    def lose(self, group: int, *, returning: bool = False) -> None:
+    def lose(self, group: int, *, returning: bool = False, back_s: float | None = None) -> None:
         if GroupId(group) in self.groups:
             self.ghosts.append(self.groups.pop(GroupId(group)))
-        self.core.group_down(GroupId(group), LOST, returning=returning)
+        self.core.group_down(GroupId(group), LOST, returning=returning, back_s=back_s)
         self.settle()
 
     def lose_scheduler(self, staying: Iterable[int] = ()) -> int:
@@ -632,9 +632,10 @@ class Cluster:
         return self.core.sequences[stream.front_end, stream.number]
 
     def fits(self, tokens: int) -> bool:
-        """Whether a sequence whose KV is so many tokens can be served by some group that is up or expected."""
+        """Whether a sequence whose KV is so many tokens can be served by some group that is up, expected or rests."""
         core = self.core
-        largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
+        rests = [rest.blocks for rest in core.resting.values()]
+        largest = max([*core.expected.values(), *rests, *(group.blocks for group in core.groups.values())], default=0)
         window = Window.of(core.resolved, self.block_size)
         blocks = -(-tokens // self.block_size)
         return tokens < self.max_model_len and (blocks if window is None else min(blocks, window.most)) <= largest

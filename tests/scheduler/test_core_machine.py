@@ -135,7 +135,8 @@ class CoreMachine(RuleBasedStateMachine):
                 pooling=pooling,
             )
         except RequestRefused as refusal:
-            late = deadline_s is not None and refusal.failure is Failure.OVERLOADED
+            rests = refusal.failure is Failure.UNAVAILABLE and bool(core.resting)
+            late = deadline_s is not None and (rests or refusal.failure is Failure.OVERLOADED)
             assert late or not fits
             self.events["refused by its deadline" if late else "refused"] += 1
         else:
@@ -300,14 +301,21 @@ class CoreMachine(RuleBasedStateMachine):
                 self.cluster.abort(stream)
                 return
 
-    @rule(at=which, returning=st.booleans(), sure=st.integers(0, 3))
-    def lose(self, at: int, returning: bool, sure: int) -> None:
+    @rule(at=which, returning=st.booleans(), sure=st.integers(0, 3), back_s=st.sampled_from([None, None, 2.0, 90.0]))
+    def lose(self, at: int, returning: bool, sure: int, back_s: float | None = None) -> None:
+        """back_s: it rests, where it is not returning."""
         if sure == 0 and (group := self.group(at)) is not None:
+            live = [stream for stream in self.cluster.streams.values() if stream.finished is None]
             self.events["lost sequences"] += len(self.cluster.core.groups[group].running)
             self.events["lost a source"] += self.cluster.core.groups[group].sending > 0
             self.events["lost a target"] += self.cluster.core.groups[group].receiving > 0
-            self.cluster.lose(group, returning=returning)
+            self.cluster.lose(group, returning=returning, back_s=back_s)
             self.events["lost a group"] += 1
+            self.events["rests"] += len(live) if not returning and back_s is not None and not self.cluster.groups else 0
+            for stream in live:
+                if stream.finished is not None and stream.finished.failure is Failure.UNAVAILABLE:
+                    output = 1 if stream.request.pooling is not None else stream.params.max_tokens or 1
+                    assert not self.cluster.fits(len(stream.prompt) + output - 1), "it will be tried again"
 
     @rule(left=st.integers(0, 7), sure=st.integers(0, 4))
     def strike(self, left: int, sure: int) -> None:
@@ -511,7 +519,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "parts copied", "parts taken over", "waits for a block", "waits for a prompt's end", "shows what it fills",
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
         "suspects", "condemned", "reassured", "resumed with tokens", "resumed from the beginning", "submitted again",
-        "renewed, empty", "renewed, vacated", "renewed, dead", "renewed, cut", "cut off",
+        "renewed, empty", "renewed, vacated", "renewed, dead", "renewed, cut", "cut off", "rests",
         "lost the scheduler", "lost it in mid-sequence", "blocks told", "pooled", "pooled behind a hit", "pooled once more",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
@@ -623,7 +631,7 @@ def walk(
                 machine.front_end_down(draw.randrange(3), draw.randint(0, 4))
                 machine.reconnect(draw.randrange(3), draw.choice([0, 0, 1, 3, 99]), draw.randint(0, 6))
                 machine.submit_again(at, draw.random() < 0.5)
-                machine.lose(at, draw.random() < 0.5, draw.randint(0, 1))
+                machine.lose(at, draw.random() < 0.5, draw.randint(0, 1), draw.choice([None, 2.0, 90.0]))
                 machine.strike(draw.randint(0, 7), draw.randint(0, 2))
                 machine.kill_with(at, draw.randint(1, 4), draw.randint(0, 2))
                 machine.bring_up(at, draw.randint(0, 1))

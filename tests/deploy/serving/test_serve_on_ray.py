@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -317,8 +318,17 @@ def test_newcomers_meet_no_gap_when_haproxy_dies(whose: str, whole: Endpoint) ->
     pid, _ = whole.haproxy()
     until("the second one does not listen", lambda: whole.second() is not None)
     os.kill(pid if whose == "its own" else whole.processes("ray::HAProxyManager", 1)[0], signal.SIGKILL)
+    until("it lives on", lambda: not alive([pid]))
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(lambda: [whole.newcomers() for _ in iter(over.is_set, True)])
+        try:
+            until("Serve has not started another", lambda: whole.haproxy()[0] != pid)
+            over.wait(5.0)  # another manager hears of the applications only after it has started that
+        finally:
+            over.set()
+        assert all(answers == [200] * 20 for answers in asking.result())
     assert whole.newcomers() == [200] * 20
-    until("Serve has not started another", lambda: whole.haproxy()[0] != pid and whole.newcomers() == [200] * 20)
     whole.http.close()  # what was open may have been cut
     whole.http = httpx.Client(base_url=whole.http.base_url, timeout=PATIENCE_S)
 

@@ -17,6 +17,9 @@ from deploy.frontend.errors import Fault, RequestError
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": nothing new yet\n\n"
+"""What readers of event streams pass over, as their standard says: a ping."""
+
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Proxies shall neither keep a stream nor hold it back."""
 

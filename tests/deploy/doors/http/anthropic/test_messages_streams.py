@@ -112,17 +112,22 @@ def test_a_stream_that_waits_is_kept_alive(scripted: Scripted, monkeypatch: pyte
         assert pings > 5
 
 
-def test_openais_streams_know_no_pings(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_openais_streams_that_wait_are_kept_alive_for_who_reads_event_streams(
+    accept: str, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By comments: others may take every line for data."""
     monkeypatch.setattr(sse, "PING_S", 0.05)
-    engine, lines = FakeEngine([300] * 20, hold_after=5), []
-    body = {"messages": HELLO, "stream": True, "max_tokens": 20}
-    with httpx.stream("POST", f"{scripted(engine)}/v1/chat/completions", json=body, timeout=PATIENCE_S) as answer:
+    engine, lines, address = FakeEngine([300] * 20, hold_after=5), [], "/v1/chat/completions"
+    body, headers = {"messages": HELLO, "stream": True, "max_tokens": 20}, {"accept": accept}
+    with httpx.stream("POST", scripted(engine) + address, json=body, headers=headers, timeout=PATIENCE_S) as answer:
         for line in answer.iter_lines():
             lines.append(line)
             if not engine.released.is_set() and engine.holding.wait(0.01):
                 time.sleep(0.5)
                 engine.released.set()
     assert "data: [DONE]" in lines
+    assert (sse.COMMENT.decode().strip() in lines) == (accept != "*/*")
     assert not any("ping" in line for line in lines)
 
 
