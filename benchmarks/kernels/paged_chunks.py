@@ -25,8 +25,13 @@ from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
 MAIN = Heads(16, 8, 128)
 OTHERS = (Heads(32, 8, 128), Heads(16, 8, 64), Heads(32, 8, 64))
 BASE = ChunkConfig()
-EVERY = (
+Way = ChunkConfig | None
+"""None: as it is chosen for pool and heads."""
+EVERY: tuple[Way, ...] = (
+    None,
     BASE,
+    replace(BASE, described=True),
+    replace(BASE, rows=128, warps=8, keys=128, described=True),
     replace(BASE, stages=2),
     replace(BASE, stages=4),
     replace(BASE, keys=128, stages=2),
@@ -41,9 +46,11 @@ CHECKED = [(1, 700), (70, 70), (300, 1000), (257, 257), (5, 260), (128, 4096)]
 """(new tokens, context) of each chunk."""
 
 
-def label(config: ChunkConfig) -> str:
+def label(config: Way) -> str:
+    if config is None:
+        return "as chosen"
     changes = {k: v for k, v in asdict(config).items() if v != asdict(BASE)[k]}
-    return " ".join(k if v is True else f"{k}={v}" for k, v in changes.items()) or "default"
+    return " ".join(k if v is True else f"{k}={v}" for k, v in changes.items()) or "base"
 
 
 def make_chunks(heads: Heads, sizes: list[tuple[int, int]], sets: int | None = None) -> tuple[World, Tensor, Chunks]:
@@ -68,7 +75,7 @@ def reference(world: World, query: Tensor, sizes: list[tuple[int, int]], layer: 
     return torch.cat(parts)
 
 
-def check(heads: Heads, config: ChunkConfig) -> dict[str, Any]:
+def check(heads: Heads, config: Way) -> dict[str, Any]:
     result: dict[str, Any] = {"heads": heads.name, "config": label(config)}
     begin = time.perf_counter()
     try:
@@ -85,7 +92,7 @@ def check(heads: Heads, config: ChunkConfig) -> dict[str, Any]:
     return result | {"s": round(time.perf_counter() - begin, 1)}
 
 
-def ours(world: World, query: Tensor, chunks: Chunks, config: ChunkConfig) -> Callable[[], None]:
+def ours(world: World, query: Tensor, chunks: Chunks, config: Way) -> Callable[[], None]:
     attention = ChunkAttention(world.pool, query.shape[1], config, dtype=query.dtype)
     tiles = attention.plan(chunks.query_starts, chunks.context_lens, chunks.tokens)
     out = torch.empty_like(query)
@@ -108,7 +115,7 @@ def theirs(world: World, query: Tensor, chunks: Chunks, kernels: FlashKernels) -
 
 
 def time_case(
-    heads: Heads, name: str, sizes: list[tuple[int, int]], configs: list[ChunkConfig], flash: FlashKernels | None
+    heads: Heads, name: str, sizes: list[tuple[int, int]], configs: list[Way], flash: FlashKernels | None
 ) -> list[dict[str, Any]]:
     world, query, chunks = make_chunks(heads, sizes, 1)
     seen = sum(new * context - new * (new - 1) // 2 for new, context in sizes)
@@ -134,8 +141,8 @@ def chunk_report(seconds: float, kv: str | None = None) -> dict[str, Any]:
     """Checks, then times, as long as `seconds` allow; prints all of it and returns it for a file. kv: as in `Heads`."""
     begin = time.perf_counter()
     timed = [replace(heads, kv=kv) for heads in (MAIN, *OTHERS)]
-    pairs = [(heads, config) for heads in timed for config in EVERY]
-    pairs += [(Heads(28, 4, 128, kv=kv), BASE), (Heads(16, 8, 128, "float16", kv), BASE)]
+    pairs: list[tuple[Heads, Way]] = [(heads, config) for heads in timed for config in EVERY]
+    pairs += [(Heads(28, 4, 128, kv=kv), None), (Heads(16, 8, 128, "float16", kv), None)]
     pairs.append((Heads(4, 2, 128, "float32", kv), ChunkConfig(rows=32, keys=16, stages=2)))
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         checks = list(pool.map(check, *zip(*pairs, strict=True)))
