@@ -215,6 +215,7 @@ def test_groups_that_nobody_owns_yet_go_on_coming_up_for_their_owner(
         lose_a_rank(opened, ranks, expected)
 
 
+@pytest.mark.usefixtures("own")
 def test_what_comes_up_and_finds_no_owner_ends_by_itself() -> None:
     wanted = config(groups=1)
     lasting = Lasting(Estate(NAMESPACE, version(wanted), SOON_S))
