@@ -10,10 +10,16 @@ import scheduler
 import workers
 from cluster.config import EngineConfig
 from scheduler.config.core import CoreConfig, QueueBounds
+from scheduler.protocol.orphans import Estate
 from workers.config import WorkerConfig
 from workers.model.sources.naming import folder_of, kind_of
 
 VERSION_DIGITS = 12
+
+
+def estate_of(application: str, version: str, config: EngineConfig) -> Estate:
+    """What a Serve application has of that version."""
+    return Estate(namespace_of(application), version, config.adoption_timeout_s)
 
 
 def namespace_of(application: str) -> str:

@@ -73,22 +73,18 @@ class GroupHandle:
         deadline: by `time.monotonic`; downloads are not counted. Errors: what a rank raised; EngineError when the time is over;
         `kill` is the caller's.
         """
-        self.place(deadline)
-        deadline += self._fetch(_left(deadline))
-        rendezvous = _get(self._ranks[0].open.remote(), deadline)
-        builds = [rank.build.remote(rendezvous) for rank in self._ranks]
+        builds, deadline = self.begin(deadline)
         self._await_all(builds, deadline)
         self._check()
         self.runs = [rank.run.remote(scheduler) for rank in self._ranks]
 
-    def begin(self, deadline: float) -> None:
+    def begin(self, deadline: float) -> tuple[list[Any], float]:
         """As `start`, as far as it goes without a scheduler; does not wait for the ranks to be built. Whoever takes the group
-        over meanwhile goes on from there. Errors: as `start`."""
+        over meanwhile goes on from there. Returns the ranks' builds, and the deadline without downloads. Errors: as `start`."""
         self.place(deadline)
-        self._fetch(_left(deadline))
+        deadline += self._fetch(_left(deadline))
         rendezvous = _get(self._ranks[0].open.remote(), deadline)
-        for rank in self._ranks:
-            rank.build.remote(rendezvous)
+        return [rank.build.remote(rendezvous) for rank in self._ranks], deadline
 
     def place(self, deadline: float) -> None:
         """Finds room and starts the ranks' processes, which takes no scheduler; does nothing if they were started. Errors: as

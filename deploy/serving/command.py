@@ -44,7 +44,6 @@ from deploy.terminal.display import StartView
 from deploy.terminal.exits import end_by
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
-from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
 from workers.model.sources.find import pinned
 
@@ -252,12 +251,12 @@ def _import_doors() -> None:
 def _begin_groups(config: Config) -> None:
     """The ranks' processes come up beside Serve's."""
     from cluster.fleet.early import begin_groups
-    from cluster.fleet.estate import namespace_of, version_of
+    from cluster.fleet.estate import estate_of, version_of
 
     engine, limits = config.engine, config.serve
-    version = version_of(engine, limits, own_threads(engine))
-    estate = Estate(namespace_of(limits.app_name), version, engine.adoption_timeout_s)
-    begin_groups(engine, own_threads(engine), limits.log_format, estate)
+    threads = own_threads(engine)
+    estate = estate_of(limits.app_name, version_of(engine, limits, threads), engine)
+    begin_groups(engine, threads, limits.log_format, estate)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.fleet.estate import namespace_of
+from cluster.fleet.estate import estate_of, namespace_of
 from cluster.fleet.rolling import serves_another_version
 from cluster.fleet.shelf import AdapterShelf
 from deploy.config.serve import FURTHER, ServeConfig, for_model
@@ -202,7 +202,7 @@ class Discovery:
         try:
             async with self._service(application, engine, told) as opened:
                 if before is not None:
-                    estate = Estate(namespace_of(application), told.version, told.config.engine.adoption_timeout_s)
+                    estate = estate_of(application, told.version, told.config.engine)
                     await turn_of(ServeCluster(engine, application, told.version), estate)
                 self._check_name(application, opened.model.name)
                 if before is not None:

@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from cluster.config import EngineConfig
 from cluster.fleet.autoscale import Autoscaler
-from cluster.fleet.estate import namespace_of, version_of
+from cluster.fleet.estate import estate_of, version_of
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.rolling import Roll, other_versions
 from cluster.fleet.shelf import AdapterShelf
@@ -29,7 +29,6 @@ from deploy.config.load import ModelSettings, reject_unknown
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.openai.responses.store.shared import end_responses
 from scheduler.logs import configure
-from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class EngineReplica:
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
         self._application = serve.get_replica_context().app_name
-        self._estate = Estate(namespace_of(self._application), version, engine.adoption_timeout_s)
+        self._estate = estate_of(self._application, version, engine)
         self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, self._estate)
         self._roll: Roll | None = None
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)

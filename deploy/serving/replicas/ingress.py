@@ -12,7 +12,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import EngineConfig
-from cluster.fleet.estate import namespace_of, version_of
+from cluster.fleet.estate import estate_of, namespace_of, version_of
 from cluster.fleet.shelf import AdapterShelf
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
@@ -35,7 +35,6 @@ from deploy.serving.replicas.discovery import Discovery, turn_of
 from deploy.status.routes import status_routes
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
-from scheduler.protocol.orphans import Estate
 from workers.model.sources.find import pinned
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class Ingress(GrpcIngress):
         self._keys = keys
         self._observer = Observer.open(limits, model.name)
         cluster = ServeCluster(engine, name, version)
-        estate = Estate(namespace_of(name), version, config.adoption_timeout_s)
+        estate = estate_of(name, version, config)
         await turn_of(cluster, estate)
         self._store = SharedResponses(estate, bounds_of(limits), limits.log_format)
         self._service = Service(model, cluster, self._observer)

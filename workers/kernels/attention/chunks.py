@@ -193,9 +193,9 @@ def _attend(query, pool, spans_at, tables, tiles, contexts, sinks, out, layer, s
 
 
 def _described(pool: KVPool, keys: int, head_dim: int) -> TensorDescriptor | None:
-    """Of all rows of the pool, in parts of `keys` of one head; None where spans are longer than a block, or heads padded."""
+    """Of all rows of the pool, in parts of `keys` of one head; None where spans are longer than a block."""
     layout, data = pool.layout, pool.data
-    if keys > layout.block_size or head_dim != max(16, triton.next_power_of_2(head_dim)):
+    if keys > layout.block_size:
         return None
     width = layout.kv_heads * layout.head_dim
     return TensorDescriptor(data, [data.numel() // width, width], [width, 1], [keys, head_dim])
@@ -221,7 +221,8 @@ class ChunkAttention:
         self._dim = max(16, triton.next_power_of_2(self._head_dim))
         self.config = config = config or choose_config(pool, dtype or pool.dtype, self._head_dim)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
-        self._spans_at = _described(pool, config.keys, self._head_dim) if config.described else None
+        described = config.described and self._head_dim == self._dim  # padded heads reach into their neighbours
+        self._spans_at = _described(pool, config.keys, self._dim) if described else None
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
         """The table of tiles, for all layers of a step. A captured plan follows what the tensors say when it is replayed.

@@ -115,12 +115,12 @@ class Layer:
 
     def operands(self) -> Iterator[object]:
         """What its products read: weights, in whatever form they are kept, and biases."""
-        mixture = self.mlp if isinstance(self.mlp, Mixture) else None
-        dense = self.mlp.shared if isinstance(self.mlp, Mixture) else self.mlp
+        mlp = self.mlp
+        if isinstance(mlp, Mixture):
+            yield from (mlp.experts.gate_up, mlp.experts.down, mlp.experts.gate_up_bias)
+        dense = mlp.shared if isinstance(mlp, Mixture) else mlp
         for linear in (self.qkv, self.o, *((dense.gate_up, dense.down) if dense is not None else ())):
             yield from (linear.operand, linear.bias)
-        if mixture is not None:
-            yield from (mixture.experts.gate_up, mixture.experts.down, mixture.experts.gate_up_bias)
 
     def pieces(self) -> list[Piece]:
         name = f"model.layers.{self._number}"
