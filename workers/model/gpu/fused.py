@@ -18,7 +18,7 @@ the weights' holders.
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -141,13 +141,18 @@ class FusedDecoder:
     @contextmanager
     def representatives(self) -> Iterator[None]:
         """Inside, steps compute one layer of each kind alone: what a whole one launches, at a fraction of the host's time."""
-        kinds = [self._kind(number) for number in range(len(self._layers))]
-        first = {pair: number for number, pair in reversed([*enumerate(pairwise(kinds))])}  # a norm is left to the next layer
-        self._numbers = [*sorted(first.values()), len(kinds) - 1]
+        whole, self._numbers = self._numbers, self._one_of_each
         try:
             yield
         finally:
-            self._numbers = range(len(kinds))
+            self._numbers = whole
+
+    @cached_property
+    def _one_of_each(self) -> Sequence[int]:
+        """The first layer of each kind before one of each kind, since a norm may be left to the next; and the last."""
+        kinds = [self._kind(number) for number in range(len(self._layers))]
+        first = {pair: number for number, pair in reversed([*enumerate(pairwise(kinds))])}
+        return [*sorted(first.values()), len(kinds) - 1]
 
     def _kind(self, number: int) -> Hashable:
         """What a layer's kernels depend on."""
