@@ -65,8 +65,8 @@ def write_frame(writer: asyncio.StreamWriter, message: Any) -> None:
         return
     try:
         writer.write(frame(message))
-    except Exception as error:
-        logger.error("cannot send to %s, so the connection ends: %s", writer.get_extra_info("peername"), error)
+    except Exception as error:  # said, not handed on: it leads to the writer, and whoever keeps log records would keep both
+        logger.error("cannot send to %s, so the connection ends: %s", writer.get_extra_info("peername"), str(error))
         writer.transport.abort()
 
 
