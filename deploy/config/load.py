@@ -43,6 +43,10 @@ UNCOUNTED = 1 << 30
 DEFAULT_MAX_TOKENS = 128
 IDLE_S = 120
 """A HAProxy that another has replaced still takes one request of each connection: none of them is idle for longer."""
+
+PROXY_START_S = "60"
+"""Serve's 5 are too little where all cores are busy: it would kill a proxy that comes up, and with it the start."""
+
 OPENMP_SPIN = "2000"
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -338,6 +342,7 @@ def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.envi
     """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise, and bounds what clients may hold
     open. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
     environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.doors.connections.bound_serve")
+    environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_START_S)
     environ[RECEIVE_VARIABLE] = str(serve.receive_timeout_s)
     if serve.haproxy:
         environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
