@@ -17,6 +17,7 @@ import grpc
 import ray
 from ray._common.network_utils import parse_address
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.node import Node
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
@@ -32,6 +33,11 @@ QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 OTHERWISE = "start a cluster with `ray start --head`, or leave ray_address (--ray-address) out: Manta then starts its own"
 
 HEARD_S = 5.0
+
+IDLE = ("start_monitor", "start_api_server", "start_log_monitor")
+"""Three of Ray's processes, 280 MiB and 3 CPU seconds of a start, that nobody asks for anything on a cluster of our own: its
+autoscaler, which has no machine to add; the server of a dashboard that is off; and what reads all logs for drivers that want
+none, and keeps files and memory of every process that there was."""
 
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray takes 127.0.0.1 for a mistake and puts the outward address in its place; the rest of the loopback range it keeps."""
@@ -56,7 +62,7 @@ def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
         return False
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15, and whatever else computes here would starve ranks
     progress("starting Ray on this machine")
-    with _own_sigterm():
+    with _own_sigterm(), without_idle_processes():
         ray.init(
             address="local",  # whatever else runs on this machine
             runtime_env=job_environment(),
@@ -126,6 +132,19 @@ def _ask(address: str, header: dict[str, str] | None = None) -> grpc.StatusCode:
             code: grpc.StatusCode = error.code()
             return code
     return grpc.StatusCode.OK
+
+
+@contextlib.contextmanager
+def without_idle_processes() -> Iterator[None]:
+    """Inside, `ray.init` starts a cluster without `IDLE`. Ray's command line has options for these, `ray.init` has none."""
+    starts = {name: vars(Node)[name] for name in IDLE if name in vars(Node)}  # a Ray that has other names starts them all
+    for name in starts:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in starts.items():
+            setattr(Node, name, start)
 
 
 @contextlib.contextmanager

@@ -44,8 +44,8 @@ COME_AGAIN = (429, 503)
 SURVIVED = "kill:peer,kill:leader,stop:peer,stop:leader,pause:scheduler"
 """Faults of which no request is lost."""
 
-REMEMBERING = ("gcs_server", "python -u log_monitor")
-"""Ray's own, which keep something of each process that there was: where ranks are replaced, theirs is told, and no fault."""
+REMEMBERING = "gcs_server"
+"""Ray's own, which keeps something of each process that there was: where ranks are replaced, that is told, and no fault."""
 
 GROWTH_HANDLES = 8
 """Threads or file descriptors that pools may still open."""

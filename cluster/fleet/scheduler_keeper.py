@@ -213,8 +213,8 @@ class SchedulerKeeper:
         except ray.exceptions.GetTimeoutError as error:
             ray.kill(actor)
             raise EngineError(
-                f"the scheduler's process was not ready within {timeout_s:g} s: `ray status` shows what the cluster waits for; "
-                "raise start_timeout_s if it is only slow"
+                f"the scheduler's process was not ready within {timeout_s:g} s: "
+                "raise start_timeout_s if its machine is only slow"
             ) from error
         except ray.exceptions.RayError as error:
             raise EngineError(f"the scheduler's process died while it started: {error}") from error

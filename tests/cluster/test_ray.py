@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from cluster.engine import EngineError
 from cluster.fleet import restarts
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from tests.shared.processes import SCHEDULER, WORKER, alive, all_named, descendants, named, wait_gone
+from tests.shared.ray_heads import own_ray
 
 pytestmark = pytest.mark.ray
 
@@ -76,12 +76,8 @@ def kill_once_it_has_work(llm: LLM, victim: int) -> None:
 
 
 def test_more_ranks_than_the_cluster_has_is_said_at_once() -> None:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        with pytest.raises(EngineError, match=r"room for 1 group"):
-            open_llm(local=False, groups=3, size=2)
-    finally:
-        ray.shutdown()
+    with own_ray(2), pytest.raises(EngineError, match=r"room for 1 group"):
+        open_llm(local=False, groups=3, size=2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 the other over sockets between the ranks' processes, and a worker that dies. One cluster for all tests, which run in order."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import ray
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from tests.cluster.test_ray import GREEDY, LONG, PROMPTS, TINY, tokens, until
-from tests.shared.processes import WORKER, all_named
+from tests.shared.processes import WORKER, all_named, command_line, descendants
 
 pytestmark = pytest.mark.ray
 
@@ -63,6 +64,13 @@ def test_they_say_the_same_and_hit_what_is_cached(llm: LLM, expected: Said) -> N
     stats = llm.stats()
     assert [group.up for group in stats.groups] == [True, True]
     assert all(group.held_blocks == 0 for group in stats.groups)
+
+
+@pytest.mark.usefixtures("llm")
+def test_their_ray_has_no_process_that_nobody_needs() -> None:
+    lines = [command_line(pid) for pid in descendants(os.getpid())]
+    assert any("gcs_server" in line for line in lines)
+    assert not [line for line in lines if re.search(r"dashboard\.py|log_monitor\.py|autoscaler/_private/monitor\.py", line)]
 
 
 def test_they_outlive_a_worker(llm: LLM, expected: Said) -> None:

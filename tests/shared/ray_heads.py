@@ -1,4 +1,4 @@
-"""Ray clusters that `ray start` starts on this machine, for what `ray.init` cannot say."""
+"""Ray clusters on this machine: a test's own, and those that `ray start` starts, for what `ray.init` cannot say."""
 
 import contextlib
 import json
@@ -11,11 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from cluster.join import without_idle_processes
 from tests.shared.ports import free_ports
 from tests.shared.processes import descendants, wait_gone
 
 HOST = "127.0.0.2"  # loopback, which Ray keeps only if it is not 127.0.0.1
 PATIENCE_S = 180.0
+
+
+@contextlib.contextmanager
+def own_ray(cpus: int) -> Iterator[None]:
+    """This process's own, with as few processes as those that Manta starts."""
+    with without_idle_processes():
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address=HOST)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -25,6 +39,8 @@ def ray_head(folder: Path, cpus: int, *options: str, **environment: str) -> Iter
     port, agent_port = free_ports(2, HOST)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
     command += ["--include-log-monitor=false"]  # it sends lines to drivers, of which none asks for them
+    if not any(option.startswith("--autoscaling-config") for option in options):
+        command += ["--no-monitor"]  # the autoscaler
     command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", f"--dashboard-agent-listen-port={agent_port}"]
     log = (folder / "ray.log").open("w")
     process = subprocess.Popen(

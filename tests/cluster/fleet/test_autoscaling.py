@@ -23,7 +23,7 @@ from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from scheduler.server.stats import EngineStats
 from tests.shared.processes import WORKER, all_named, stopped_in_the_midst
-from tests.shared.ray_heads import autoscaling_ray
+from tests.shared.ray_heads import autoscaling_ray, own_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -102,15 +102,14 @@ def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
-    opened = Fleet(config, plan(config))
-    try:
-        opened.start(lambda _: None)
-        yield opened
-    finally:
-        opened.close()
-        ray.shutdown()
+    with own_ray(8):
+        config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
+        opened = Fleet(config, plan(config))
+        try:
+            opened.start(lambda _: None)
+            yield opened
+        finally:
+            opened.close()
 
 
 @pytest.fixture

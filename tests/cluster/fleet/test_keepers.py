@@ -24,6 +24,7 @@ from scheduler.config.core import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
 from scheduler.server.vitals import Fenced
 from tests.shared.processes import SCHEDULER, alive, all_named, named
+from tests.shared.ray_heads import own_ray
 from workers.config import SchedulerAddress
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -85,11 +86,8 @@ def until(what: str, true: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
+    with own_ray(4):
         yield
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture

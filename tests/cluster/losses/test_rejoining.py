@@ -24,6 +24,7 @@ from scheduler.protocol.messages import Deltas, Finished, FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from tests.cluster.test_ray import until
 from tests.shared.processes import SCHEDULER, WORKER, all_named, wait_gone
+from tests.shared.ray_heads import own_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -77,18 +78,17 @@ class Client:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
-    config = EngineConfig(
-        model=str(TINY), groups=2, tensor_parallel_size=2, dtype="float32", block_size=16, kv_memory=32 << 20,
-        check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S, hung_after_s=120.0,
-    )  # fmt: skip
-    fleet = Fleet(config, plan(config))
-    try:
-        fleet.start(lambda _: None)
-        yield fleet
-    finally:
-        fleet.close()
-        ray.shutdown()
+    with own_ray(6):
+        config = EngineConfig(
+            model=str(TINY), groups=2, tensor_parallel_size=2, dtype="float32", block_size=16, kv_memory=32 << 20,
+            check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S, hung_after_s=120.0,
+        )  # fmt: skip
+        fleet = Fleet(config, plan(config))
+        try:
+            fleet.start(lambda _: None)
+            yield fleet
+        finally:
+            fleet.close()
 
 
 def groups_up(fleet: Fleet) -> int:

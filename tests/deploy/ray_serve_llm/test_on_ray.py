@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
@@ -21,6 +20,7 @@ from tests.deploy.serving.test_live_change import PATIENCE_S, until
 from tests.deploy.serving.test_ports import HOST
 from tests.shared.ports import free_ports
 from tests.shared.processes import WORKER, all_named
+from tests.shared.ray_heads import own_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -60,13 +60,12 @@ applications:
 def port() -> Iterator[int]:
     """Of a Serve that runs nothing yet."""
     (chosen,) = free_ports(1)
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
-        start_proxies(ServeConfig(host=HOST, port=chosen, haproxy=False))
-        yield chosen
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with own_ray(8):
+        try:
+            start_proxies(ServeConfig(host=HOST, port=chosen, haproxy=False))
+            yield chosen
+        finally:
+            serve.shutdown()
 
 
 def deploy(tree: dict[str, Any]) -> None:

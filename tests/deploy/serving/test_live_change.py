@@ -27,6 +27,7 @@ from deploy.serving.applications import check_vacant, failure, start_proxies
 from tests.deploy.serving.test_ports import HOST
 from tests.shared.ports import free_ports
 from tests.shared.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
+from tests.shared.ray_heads import own_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -82,18 +83,17 @@ class Application:
 
 @pytest.fixture(scope="module")
 def application() -> Iterator[Application]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
-        opened = Application(free_ports(1)[0])
-        check_vacant(opened.limits)
-        start_proxies(opened.limits)
-        opened.deploy(1)
-        until("it does not come up", lambda: opened.groups() == ["up"], lambda: serve.status())
-        yield opened
-        opened.http.close()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with own_ray(8):
+        try:
+            opened = Application(free_ports(1)[0])
+            check_vacant(opened.limits)
+            start_proxies(opened.limits)
+            opened.deploy(1)
+            until("it does not come up", lambda: opened.groups() == ["up"], lambda: serve.status())
+            yield opened
+            opened.http.close()
+        finally:
+            serve.shutdown()
 
 
 class Load(threading.Thread):

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
@@ -26,6 +25,7 @@ from tests.deploy.serving.test_live_change import PATIENCE_S, TOKENS, Load, unti
 from tests.deploy.serving.test_ports import HOST
 from tests.shared.ports import free_ports
 from tests.shared.processes import INGRESS, SCHEDULER, WORKER, all_named, command_line, named, wait_gone
+from tests.shared.ray_heads import own_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -110,19 +110,18 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     checkpoints = tmp_path_factory.mktemp("checkpoints")
     for number, name in enumerate(("second", "third", "fourth", "later"), start=1):
         other_weights(checkpoints / name, number)
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
-        opened = Endpoint(free_ports(1)[0], checkpoints)
-        check_vacant(opened.limits)
-        start_proxies(opened.limits)
-        opened.deploy("second")
-        until("the first does not come up", lambda: opened.ready("tiny"), serve.status)
-        until("the second does not come up", lambda: opened.ready("second"), serve.status)
-        yield opened
-        opened.http.close()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with own_ray(8):
+        try:
+            opened = Endpoint(free_ports(1)[0], checkpoints)
+            check_vacant(opened.limits)
+            start_proxies(opened.limits)
+            opened.deploy("second")
+            until("the first does not come up", lambda: opened.ready("tiny"), serve.status)
+            until("the second does not come up", lambda: opened.ready("second"), serve.status)
+            yield opened
+            opened.http.close()
+        finally:
+            serve.shutdown()
 
 
 def command(endpoint: Endpoint, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
@@ -25,6 +24,7 @@ from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
+from tests.shared.ray_heads import own_ray
 
 APP, DEPLOYMENT, KEY = "manta", "Door", "secret"
 FULL = "full"
@@ -65,8 +65,7 @@ class Door(GrpcIngress):
 
 
 def main(grpc_port: int, http_port: int) -> None:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
+    with own_ray(8):
         serve.start(
             http_options=HTTPOptions(host="127.0.0.1", port=http_port),
             grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
@@ -78,8 +77,6 @@ def main(grpc_port: int, http_port: int) -> None:
         print("ready", flush=True)
         for _ in sys.stdin:
             print(json.dumps(handle.broadcast("status").results(timeout_s=30)), flush=True)
-    finally:
-        ray.shutdown()
 
 
 if __name__ == "__main__":
