@@ -284,18 +284,25 @@ class SchedulerCore:
     # ---- front ends ---------------------------------------------------------------------------------------------------
 
     def submit(self, front_end: int, request: Request) -> None:
-        """Takes a request in; it starts at once if there is room. One that is resumed may have nothing left to compute.
+        """Takes a request in; it starts at once if there is room. What is resumed may have nothing left to compute.
 
         Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
         changed then.
         """
         sequences = take_in(self._state, front_end, request)
-        if request.resumption is not None and (reason := end_of(sequences[0])) is not None:
-            self.waiting.enter(sequences[0], self.now_s)
-            leases.end(self._state, sequences[0], reason)
-            return
-        self._admission.welcome(sequences)
-        self._admit()
+        if request.resumption is not None or request.had:
+            sequences = [sequence for sequence in sequences if not self._ends(sequence)]
+        if sequences:
+            self._admission.welcome(sequences)
+            self._admit()
+
+    def _ends(self, sequence: Sequence) -> bool:
+        """Ends it at once if nothing of it is left to compute."""
+        if (reason := end_of(sequence)) is None:
+            return False
+        self.waiting.enter(sequence, self.now_s)
+        leases.end(self._state, sequence, reason)
+        return True
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""

@@ -238,6 +238,8 @@ def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost
         group.touch()
     else:
         if not lost:
+            if sequence.kept:
+                group.write_back(sequence)
             _release(state, group, sequence)
         group.unseat(sequence)
     sequence.blocks = sequence.narrow = None
@@ -288,6 +290,8 @@ def finish(
     sequence.state = State.ENDED
     del state.sequences[sequence.front_end, sequence.stream]
     state.counters.finished += 1
+    if sequence.kept:
+        state.recall.ended(sequence, output, state.now_s)
     state.outbox.finished(sequence, reason, output, message, failure)
 
 

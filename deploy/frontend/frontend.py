@@ -11,7 +11,8 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from deploy.frontend.generation.submission import Submission
 from deploy.frontend.outputs import read_payload
 from deploy.text.prompts import ModelLimits, Prompt
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, TalliedMetric, TokenLogprobs
+from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, Had, TalliedMetric, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class FrontEnd:
     ) -> list[Generation]:
         """Queues prompts; while the scheduler is being replaced they wait for the next one, `REACH_TIMEOUT_S` at most. notify:
         called from another thread when `take` has something new: after each token, or only at the end. told: what the caller
-        has of each choice of each prompt, from an earlier run with the same seeds.
+        has of each choice of each prompt, from an earlier run with the same seeds; nothing of each if he may come back for it.
         Errors: EngineError once the engine is lost for good or closed."""
         with self._lock:
             stream = self._next_stream
@@ -83,9 +84,10 @@ class FrontEnd:
         generations: list[Generation] = []
         live: dict[int, Generation] = {}
         for number, prompt in enumerate(prompts):
-            submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s)
-            had = told[number] if told else ()
-            generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, had))
+            before = told[number] if told else ()
+            had = tuple(Had(each.tokens, each.check) for each in before)
+            submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s, had)
+            generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, before))
             live |= dict.fromkeys(range(stream, stream := stream + prompt.params.n), generations[-1])
         with self._lock:
             if self._lost is not None:
@@ -255,6 +257,10 @@ class FrontEnd:
         for started in deltas.started:
             if (generation := self._live.get(started.stream)) is not None:
                 generation.submission.start(started)
+                if started.output:
+                    touched.append(generation)
+                    recalled = np.frombuffer(started.output, dtype="<i4").tolist()
+                    self._extend(generation, started.stream, partial(generation.recall, started.stream, recalled))
         logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
         for stream, payload in deltas.logprobs:
             entry = read_payload(payload)
@@ -269,18 +275,23 @@ class FrontEnd:
         for stream, position, tokens in _tokens_by_stream(deltas):
             if (generation := self._live.get(stream)) is not None:
                 touched.append(generation)
-                try:
-                    keep_tokens = generation.extend(stream, position, tokens, logprobs.get(stream, ()))
-                except Exception as error:
-                    self._break(generation, error)
-                    continue
-                if keep_tokens is not None:
-                    self.engine.stop(stream, keep_tokens)
-                elif generation.unread(stream) > self._most_unread:
-                    message = f"nobody has read the last {generation.unread(stream)} tokens of the output: read faster"
-                    self._abort(self._end_failed(generation.streams, Failure.TIMED_OUT, message))
+                more = partial(generation.extend, stream, position, tokens, logprobs.get(stream, ()))
+                self._extend(generation, stream, more)
         touched += [generation for finished in deltas.finished if (generation := self._end(finished)) is not None]
         self._wake(touched)
+
+    def _extend(self, generation: Generation, stream: int, extend: Callable[[], int | None]) -> None:
+        """By new tokens; a stop string in them ends the stream."""
+        try:
+            keep_tokens = extend()
+        except Exception as error:
+            self._break(generation, error)
+            return
+        if keep_tokens is not None:
+            self.engine.stop(stream, keep_tokens)
+        elif generation.unread(stream) > self._most_unread:
+            message = f"nobody has read the last {generation.unread(stream)} tokens of the output: read faster"
+            self._abort(self._end_failed(generation.streams, Failure.TIMED_OUT, message))
 
     def _break(self, generation: Generation, error: Exception) -> None:
         """What one request makes of its tokens has raised (a tokenizer may): it ends, and the others go on."""

@@ -59,7 +59,7 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
     Metric("manta_submitted_requests_total", "Prompts that the scheduler took in.", lambda e: e.requests),
     Metric(
         "manta_resumed_sequences_total",
-        "Sequences (choices of requests) taken up where another scheduler, or connection, was lost.",
+        "Sequences (choices) taken up where another scheduler, or connection, was lost, or by clients that came back.",
         lambda e: e.resumed,
     ),
     Metric(

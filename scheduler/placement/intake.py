@@ -5,13 +5,14 @@ Imports `state` and `limits`.
 """
 
 import math
+import zlib
 
 import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_blocks
 from scheduler.placement.limits import RequestRefused, blocks_for, output_limit, queue_room, rest_room, slots_for
-from scheduler.protocol.messages import FinishReason, Request, Resumption
+from scheduler.protocol.messages import FinishReason, Had, Request, Resumption
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ProtocolError
 from scheduler.state.sequence import PRIORITY_SHIFT, Sequence, Tokens
@@ -61,12 +62,13 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
         )  # fmt: skip
         state.sequences[front_end, stream] = sequence
         sequences.append(sequence)
-    if resumed is None:
+    if resumed is not None:
+        _go_on(sequences[0], resumed)
+    known = [_recall(state, sequence, request.had[sequence.choice]) for sequence in sequences] if request.had else [False]
+    if resumed is None and not all(known):
         state.counters.requests += 1
         state.counters.prompt_tokens += len(prompt)
-    else:
-        state.counters.resumed += 1
-        _go_on(sequences[0], resumed)
+    state.counters.resumed += sum(known) if resumed is None else 1
     return sequences
 
 
@@ -82,8 +84,8 @@ def choices_of(request: Request) -> range:
 
 
 def end_of(sequence: Sequence) -> FinishReason | None:
-    """Why there is nothing left to compute of a sequence that was resumed: its end was lost, or pools have got smaller. What is
-    made of a prompt is made again."""
+    """Why there is nothing left to compute of a sequence that was resumed: its end was lost, or told before, or pools have got
+    smaller. What is made of a prompt is made again."""
     if sequence.pooling is not None:
         return None
     output = sequence.committed - sequence.prompt_tokens
@@ -97,6 +99,8 @@ def _check_streams(state: ClusterState, front_end: int, request: Request) -> Non
     resumed = request.resumption
     if resumed is not None and (not 0 <= resumed.choice < request.params.n or len(resumed.output) % 4):
         raise ProtocolError(f"front end {front_end} cannot resume choice {resumed.choice} with {len(resumed.output)} bytes")
+    if request.had and len(request.had) != request.params.n:
+        raise ProtocolError(f"front end {front_end} has {len(request.had)} choices of a request for {request.params.n}")
     for stream in streams_of(request):
         if (front_end, stream) in state.sequences:
             raise ProtocolError(f"front end {front_end} submitted stream {stream}, which has not ended")
@@ -111,6 +115,24 @@ def _go_on(sequence: Sequence, resumed: Resumption) -> None:
         sequence.cached_tokens, sequence.started_s = resumed.cached_tokens, sequence.arrived_s + resumed.queued_s
         sequence.misses = resumed.misses
         sequence.charged = sequence.committed
+
+
+def _recall(state: ClusterState, sequence: Sequence, had: Had) -> bool:
+    """Goes on behind what its client has, if that is still known; its tenant has paid for it. From now on it is this one that
+    may be asked for again."""
+    past = state.recall.find(sequence) if sequence.committed == sequence.prompt_tokens else None
+    state.recall.follow(sequence)
+    if past is None or past.cached_tokens is None or not had.tokens:
+        return False
+    if (group := state.group_of(past)) is not None and past.lease is not None:
+        group.write_back(past)
+    end = past.prompt_tokens + had.tokens
+    output = past.buffer[past.prompt_tokens : end].tobytes()
+    if past.committed < end or zlib.crc32(output) != had.check:
+        return False
+    _go_on(sequence, Resumption(sequence.choice, output, 0.0, 1, past.cached_tokens, 0.0, past.misses))
+    state.outbox.started(sequence, output)
+    return True
 
 
 def _hashes(request: Request, prompt: Tokens, block_size: int) -> list[int]:

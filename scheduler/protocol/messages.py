@@ -115,6 +115,13 @@ class Resumption(msgspec.Struct, frozen=True, array_like=True, gc=False):
     misses: Misses = NO_MISSES
 
 
+class Had(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a client has of a choice, from an earlier run of the same request: so many tokens, and their CRC-32 (int32)."""
+
+    tokens: int = 0
+    check: int = 0
+
+
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One prompt. Its `params.n` choices use the stream numbers stream, stream + 1, ..., chosen by the front end.
 
@@ -125,6 +132,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     resumption: the request is for this one choice alone, under `stream`; its seed, once known, stands in `params`, and
     `deadline_s` counts from when it was first submitted. pooling: it wants no output, but this of its prompt (`Pooled`); it has
     one choice then, and nothing to sample. adapter: with whose weights beside the model's; the salt is its own as well.
+    had: of each choice, where the client has come back or may do so: then its tokens are known for a while after its end. Not
+    with `prompt_logprobs`, which come before any token.
     """
 
     stream: int
@@ -139,6 +148,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     resumption: Resumption | None = None
     pooling: Pooling | None = None
     adapter: Adapter | None = None
+    had: tuple[Had, ...] = ()
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
@@ -215,13 +225,15 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Started(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A stream's first start: what another scheduler must be told if this one is lost. Said again if it has had to wait for its
-    adapter. seed: the request's, drawn if it brought none. cached_tokens, queued_s, misses: as in `Finished`."""
+    adapter. seed: the request's, drawn if it brought none. cached_tokens, queued_s, misses: as in `Finished`. output: int32
+    buffer, what its client had of it and the scheduler still knew: it goes on behind these, without their log-probabilities."""
 
     stream: int
     seed: int
     cached_tokens: int
     queued_s: float
     misses: Misses = NO_MISSES
+    output: bytes = b""
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):

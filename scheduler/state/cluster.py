@@ -21,6 +21,7 @@ from scheduler.state.deadlines import Deadlines
 from scheduler.state.outbox import Outbox
 from scheduler.state.pace import Pace
 from scheduler.state.prefixes import Prefixes
+from scheduler.state.recall import Recall
 from scheduler.state.resident import ResidentGroup, Watch
 from scheduler.state.sequence import Sequence
 from scheduler.state.transfers import Transfers
@@ -64,6 +65,7 @@ class ClusterState:
         self.waiting = WaitingRoom(config, self.counters)
         self.prefixes = Prefixes(config, self.table, self.groups)
         self.transfers = Transfers(self.table, self.groups, self.counters)
+        self.recall = Recall()
         self.outbox = Outbox()
         self.watch = Watch()
         self.computed = Pace()

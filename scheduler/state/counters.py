@@ -7,7 +7,8 @@ class Counters(msgspec.Struct, kw_only=True):
     """What happened since the start. Tokens and events, never decreasing.
 
     requests, prompt_tokens, output_tokens: of everything submitted so far. resumed: sequences that another scheduler, or
-    another connection, had begun or had waiting; requests and prompt_tokens do not count them again. cached_tokens: prompt
+    another connection, had begun or had waiting, and those of which a client has come back with tokens that are still known;
+    requests and prompt_tokens do not count them again. cached_tokens: prompt
     tokens found in the cache at a sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished:
     sequences that have ended, for whatever reason. given_up: of these, those for which a worker could choose no token.
     refused: requests that were turned away because of the queue. expired: sequences whose deadline passed before they ended.

@@ -35,9 +35,11 @@ class Outbox:
     def logprobs(self, sequence: Sequence, payload: bytes) -> None:
         self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))
 
-    def started(self, sequence: Sequence) -> None:
-        """For the first time. Said with what comes next for its front end: no message of its own."""
-        said = Started(sequence.stream, sequence.seed, sequence.cached_tokens or 0, _queued_s(sequence), sequence.misses)
+    def started(self, sequence: Sequence, output: bytes = b"") -> None:
+        """For the first time. Said with what comes next for its front end: no message of its own. output: as in `Started`."""
+        said = Started(
+            sequence.stream, sequence.seed, sequence.cached_tokens or 0, _queued_s(sequence), sequence.misses, output
+        )
         self._started.setdefault(sequence.front_end, []).append(said)
 
     def finished(

@@ -82,6 +82,7 @@ class Sequence:
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
     brought: False once a window that was to be brought to it has not arrived: it starts without, then.
+    kept: its client may come back for its tokens (`Recall`).
     deaths: the groups that have died while it ran there, each with its life, since it had last come further; proven: the length
     at which it has; bereaved_s: when the last one died; wary: it waits until it is known which groups live (`Suspects`).
 
@@ -123,6 +124,7 @@ class Sequence:
     charged: int = 0
     deadline_s: float = math.inf
     brought: bool = True
+    kept: bool = False
     deaths: tuple[tuple[GroupId, int], ...] = ()
     proven: int = 0
     bereaved_s: float = -math.inf

@@ -5,6 +5,7 @@ simulated blocks hold digests of what was written to them, so a stale block, a w
 token.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
@@ -40,6 +41,7 @@ from scheduler.protocol.messages import (
     Deltas,
     Finished,
     FinishReason,
+    Had,
     Payload,
     Pooled,
     Pooling,
@@ -95,6 +97,11 @@ class Stream:
     def start(self, started: Started) -> None:
         assert self.started is None, f"stream {self.number} started for the first time twice"
         self.started = started
+        if started.output:
+            assert not self.tokens, f"stream {self.number} goes on from what it has already"
+            had = self.request.had[self.number - self.request.stream]
+            assert len(started.output) == 4 * had.tokens, f"stream {self.number} goes on from another place"
+            self.receive(np.frombuffer(started.output, np.int32).tolist())
 
     def receive(self, tokens: list[int]) -> None:
         assert self.finished is None, f"stream {self.number} got tokens after its end"
@@ -405,14 +412,32 @@ class Cluster:
         tenant: str = "",
         deadline_s: float | None = None,
         pooling: Pooling | None = None,
+        kept: bool = False,
     ) -> list[Stream]:
-        """Errors: RequestRefused, ProtocolError; nothing has changed then, and the invariants are checked all the same."""
+        """kept: the client may come back. Errors: RequestRefused, ProtocolError; nothing has changed then, and the invariants
+        are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
-        first, self._numbers = self._numbers, self._numbers + n
         room = max_tokens or max(self.max_model_len, max(self.pools) * self.block_size + 1) - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY, self.window, self.narrow)
         tokens = np.array(prompt, np.int32).tobytes()
-        request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s, pooling=pooling)
+        had = (Had(),) * n if kept else ()
+        request = Request(0, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s, pooling=pooling, had=had)
+        return self._submit(front_end, request, prompt, expected)
+
+    def come_back(self, streams: Listing[Stream], tokens: Listing[int], front_end: int = 0) -> list[Stream]:
+        """The client of a request's streams asks for it again, wherever they are by now, with so many tokens of each.
+        Errors: as `submit`."""
+        one = next(stream for stream in streams if stream.started is not None)
+        assert one.started is not None
+        heard = [np.array(stream.tokens[:count], np.int32) for stream, count in zip(streams, tokens, strict=True)]
+        had = tuple(Had(len(each), zlib.crc32(each.tobytes())) for each in heard)
+        request = structs.replace(one.request, params=structs.replace(one.params, seed=one.started.seed), had=had)
+        return self._submit(front_end, request, one.prompt, one.expected)
+
+    def _submit(self, front_end: int, request: Request, prompt: list[int], expected: list[int]) -> list[Stream]:
+        n = request.params.n
+        first, self._numbers = self._numbers, self._numbers + n
+        request = structs.replace(request, stream=first)
         try:
             self.core.submit(front_end, request)
         finally:

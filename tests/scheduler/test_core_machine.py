@@ -31,6 +31,7 @@ class CoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.cluster = Cluster()
         self.front_ends = 3
+        self.kept: list[list[Stream]] = []  # whose clients may come back
         self.events: Counter[str] = Counter()
 
     @initialize(
@@ -95,6 +96,7 @@ class CoreMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "", "a", "b"]),
         deadline_s=st.sampled_from([None, None, None, 0.0, 1.0, 20.0]),
         pooling=st.sampled_from([None, None, None, "last", "mean"]),
+        kept=st.booleans(),
     )
     def submit(
         self,
@@ -111,16 +113,17 @@ class CoreMachine(RuleBasedStateMachine):
         tenant: str = "",
         deadline_s: float | None = None,
         pooling: Pooling | None = None,
+        kept: bool = False,
     ) -> None:
         """Who wants a prompt pooled wants no output, whatever the parameters say."""
         prompt = filled(*values) + tail
         if pooling is not None:
-            n, min_tokens, stop_ids, prompt_logprobs = 1, 0, (), None
+            n, min_tokens, stop_ids, prompt_logprobs, kept = 1, 0, (), None, False
         core = self.cluster.core
         output = 1 if pooling is not None else max_tokens or 1
         fits = len(prompt) > 0 and self.cluster.fits(len(prompt) + output - 1)
         try:
-            self.cluster.submit(
+            streams = self.cluster.submit(
                 prompt,
                 front_end=front_end,
                 n=n,
@@ -133,6 +136,7 @@ class CoreMachine(RuleBasedStateMachine):
                 tenant=tenant,
                 deadline_s=deadline_s,
                 pooling=pooling,
+                kept=kept,
             )
         except RequestRefused as refusal:
             rests = refusal.failure is Failure.UNAVAILABLE and bool(core.resting)
@@ -141,12 +145,37 @@ class CoreMachine(RuleBasedStateMachine):
             self.events["refused by its deadline" if late else "refused"] += 1
         else:
             assert fits
+            self.kept += [streams] if kept else []
             self.events["submitted"] += n
             waits = [needed for waiters in core.prefixes.waiters.values() for needed, _ in waiters]
             self.events["waits for a prompt's end"] += WHOLE_PROMPT in waits
             self.events["waits for a block"] += any(needed < WHOLE_PROMPT for needed in waits)
             running = [sequence.blocks for group in core.groups.values() for sequence in group.running]
             self.events["shows what it fills"] += any(blocks is not None and blocks.tail for blocks in running)
+
+    @rule(at=which, unheard=st.sampled_from([0, 0, 1, 3]), front_end=st.integers(0, 2), gone=st.booleans())
+    def come_back(self, at: int, unheard: int, front_end: int, gone: bool) -> None:
+        """A client has lost its stream and asks again. gone: that is known already."""
+        begun = [streams for streams in self.kept if any(stream.started is not None for stream in streams)]
+        if not begun:
+            return
+        streams = begun[at % len(begun)]
+        for stream in streams if gone else ():
+            if self.cluster.streams.get((stream.front_end, stream.number)) is stream:
+                self.cluster.abort(stream)
+        lengths = [max(0, len(stream.tokens) - unheard) for stream in streams]
+        counters = self.cluster.core.counters
+        computed = counters.output_tokens
+        try:
+            again = self.cluster.come_back(streams, lengths, front_end)
+        except RequestRefused:
+            return
+        assert counters.output_tokens == computed
+        self.kept.append(again)
+        self.events["went on from what was told"] += sum(stream.tokens != [] for stream in again)
+        self.events["all had been told"] += sum(stream.finished is not None for stream in again)
+        anew = (had and not stream.tokens for had, stream in zip(lengths, again, strict=True))
+        self.events["is computed again"] += sum(map(bool, anew))
 
     def pick(self, at: int) -> Stream | None:
         live = [stream for stream in self.cluster.streams.values() if stream.finished is None]
@@ -521,6 +550,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "suspects", "condemned", "reassured", "resumed with tokens", "resumed from the beginning", "submitted again",
         "renewed, empty", "renewed, vacated", "renewed, dead", "renewed, cut", "cut off", "rests",
         "lost the scheduler", "lost it in mid-sequence", "blocks told", "pooled", "pooled behind a hit", "pooled once more",
+        "went on from what was told", "all had been told", "is computed again",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
@@ -577,7 +607,8 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
         draw.choice([None, None, 0]),
         draw.choice(["", "a", "b"]),
         draw.choice([None, None, 2.0, 20.0]),
-        draw.choice([*[None] * 6, "last", "mean"]),
+        draw.choice([*[None] * 4, "last", "mean"]),
+        draw.random() < 0.3,
     )
 
 
@@ -631,6 +662,7 @@ def walk(
                 machine.front_end_down(draw.randrange(3), draw.randint(0, 4))
                 machine.reconnect(draw.randrange(3), draw.choice([0, 0, 1, 3, 99]), draw.randint(0, 6))
                 machine.submit_again(at, draw.random() < 0.5)
+                machine.come_back(at, draw.choice([0, 0, 1, 3]), draw.randrange(3), draw.random() < 0.5)
                 machine.lose(at, draw.random() < 0.5, draw.randint(0, 1), draw.choice([None, 2.0, 90.0]))
                 machine.strike(draw.randint(0, 7), draw.randint(0, 2))
                 machine.kill_with(at, draw.randint(1, 4), draw.randint(0, 2))

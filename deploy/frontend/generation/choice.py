@@ -4,6 +4,8 @@ Imports the words for outputs and text (`outputs`, `errors`, `prompts`, `tokeniz
 """
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,13 +27,18 @@ WHOLE_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a caller has of a choice from an earlier run of the same request: so many tokens, and whether they are all."""
+    """What a caller has of a choice from an earlier run of the same request: so many tokens, their CRC-32 (as int32), and
+    whether they are all."""
 
     tokens: int = 0
+    check: int = 0
     ended: bool = False
 
 
 NOTHING_TOLD = Told()
+
+UNMEASURED = TokenLogprobs(math.nan, (), ())
+"""Of a token that the caller has had before."""
 
 
 class OutputGap(RuntimeError):
@@ -80,7 +87,14 @@ class GrowingChoice:
         self._check_gap(position - self._prompt_tokens)
         if self.logprobs is not None and len(logprobs) != len(tokens):
             raise OutputGap(f"{len(logprobs)} log-probabilities came with {len(tokens)} tokens")
-        entries = iter(logprobs)
+        return self._extend(tokens, iter(logprobs))
+
+    def recall(self, tokens: Sequence[int]) -> int | None:
+        """Takes the first of its tokens, which its caller has had, as `extend` does. Errors: OutputGap if it has any."""
+        self._check_gap(0)
+        return self._extend(tokens, itertools.repeat(UNMEASURED))
+
+    def _extend(self, tokens: Sequence[int], entries: Iterator[TokenLogprobs]) -> int | None:
         for token in tokens:
             self.token_ids.append(token)
             if self.logprobs is not None:

@@ -114,6 +114,11 @@ class Generation:
         with self._lock:
             return self._choices[stream - self.stream].extend(position, tokens, logprobs)
 
+    def recall(self, stream: int, tokens: Sequence[int]) -> int | None:
+        """As `GrowingChoice.recall`, for the choice of this stream."""
+        with self._lock:
+            return self._choices[stream - self.stream].recall(tokens)
+
     def unread(self, stream: int) -> int:
         """As `GrowingChoice.unread`, for the choice of this stream."""
         return self._choices[stream - self.stream].unread

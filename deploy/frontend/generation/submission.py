@@ -20,6 +20,7 @@ from scheduler.protocol.messages import (
     Failure,
     Finished,
     FinishReason,
+    Had,
     Misses,
     Request,
     Resumption,
@@ -49,9 +50,11 @@ class _Standing:
 class Submission:
     """One request with all its choices. Times are monotonic seconds."""
 
-    def __init__(self, stream: int, prompt: Prompt, eos_ids: Sequence[int], block_size: int, now_s: float) -> None:
+    def __init__(
+        self, stream: int, prompt: Prompt, eos_ids: Sequence[int], block_size: int, now_s: float, had: tuple[Had, ...] = ()
+    ) -> None:
         """stream: of its first choice. eos_ids: the model's own; a grammar ends with them, so they stop such an output in any
-        case. block_size: of the scheduler."""
+        case. block_size: of the scheduler. had: as in `Request`."""
         params, terms = prompt.params, prompt.terms
         bare = params.ignore_eos and params.grammar is None
         stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *eos_ids)
@@ -68,6 +71,7 @@ class Submission:
             deadline_s=None if terms.deadline_s == math.inf else terms.deadline_s,
             pooling=prompt.pooling,
             adapter=prompt.adapter,
+            had=had if params.prompt_logprobs is None else (),
         )
         """As it is submitted for the first time."""
         self.waits_since_s: float | None = None

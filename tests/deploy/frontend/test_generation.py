@@ -283,7 +283,7 @@ def test_what_a_caller_had_comes_first_and_by_itself(
     bounds = sorted({0, *cuts, len(words)})
     pieces = [words[first:end] for first, end in pairwise(bounds)]
     params = SamplingParams(stop=("fox jumps",))
-    had = Told(len(words), True) if ended else Told(min(tokens, len(words)))
+    had = Told(len(words), ended=True) if ended else Told(min(tokens, len(words)))
     before = Caller(params, tokenizer)
     one_by_one = run_through(before, [[word] for word in words], 1)
     expected = "".join(part.text for part in one_by_one)

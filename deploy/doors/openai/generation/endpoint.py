@@ -208,7 +208,8 @@ class Endpoint(ABC, Generic[R]):
             if mark.whole or (all(choice.ended for choice in mark.choices) and not options.include_usage):
                 return
         writer = StreamWriter(answer, mark, options, self._meter(answer), with_ids=with_ids)
-        async with aclosing(self.deltas(answer.prompts, caller, mark.told(answer.prompts))) as deltas:
+        told = mark.told(answer.prompts) if with_ids else ()
+        async with aclosing(self.deltas(answer.prompts, caller, told)) as deltas:
             async for position, delta in deltas:
                 if data := writer.write(position, answer.wanted(delta)):
                     yield data

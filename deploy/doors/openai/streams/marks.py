@@ -1,8 +1,9 @@
 """Ids of a stream's events: each says how far the stream has come, so that any replica can go on behind it.
 
-Nothing is kept anywhere: whoever comes back with the same request and the id of the last event that it has is computed for
-again, with the same seeds and hence the same tokens, and is told what comes after. So a stream outlives its replica, the proxy
-before it, the scheduler and the cluster. What a client makes up does no harm: an id decides what is left out of its own stream.
+Nothing has to be kept anywhere: for whoever comes back with the same request and the id of the last event that it has, the
+same is computed again, with the same seeds and hence the same tokens, unless the scheduler still knows them (`Recall`). Told
+is what comes after. So a stream outlives its replica, the proxy before it, the scheduler and the cluster. What a client makes
+up does no harm: an id decides what is left out of its own stream.
 
 Imports msgspec, the words for outputs and the door's errors; no HTTP.
 """
@@ -45,7 +46,7 @@ class ChoiceMark(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     @property
     def told(self) -> Told:
-        return Told(self.tokens, self.ended)
+        return Told(self.tokens, self.check, self.ended)
 
 
 class Mark(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -105,7 +106,7 @@ def check_known(mark: ChoiceMark, known: ChoiceDelta) -> None:
     """What was computed again is what the client has. Errors: RequestError."""
     again = ChoiceMark()
     again.advance(known)
-    if again.told != mark.told or again.check != mark.check:
+    if again.told != mark.told:
         said = f"choice {known.index} cannot be computed again as it was told: send the request without {LAST_EVENT_ID}"
         raise RequestError(Fault.INTERNAL, said, code="stream_not_resumable")
 

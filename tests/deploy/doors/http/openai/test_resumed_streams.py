@@ -2,17 +2,22 @@
 
 import base64
 import json
+import re
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 
+from cluster.config import EngineConfig
+from deploy.config.load import EMBEDDED_MODEL
 from deploy.doors.access import ApiKeys
+from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service.service import Service
-from tests.deploy.doors.http.conftest import PATIENCE_S, Host, Scripted, ScriptedCluster
+from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, PATIENCE_S, Host, Scripted, ScriptedCluster
 from tests.deploy.doors.http.openai.test_tools import BOTH
 from tests.deploy.frontend.fake_engine import FakeEngine
 
@@ -69,7 +74,8 @@ class Told:
         choices = {}
         for index, (text, logprobs, calls, roles, ends) in self.choices.items():
             names = [name for _, name, _ in calls if name]
-            choices[index] = (text, json.dumps(logprobs), names, "".join(part for _, _, part in calls), roles, ends)
+            said = json.dumps(logprobs), names, "".join(part for _, _, part in calls), roles, ends
+            choices[index] = (text, re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.6f}", said[0]), *said[1:])
         return self.heads, choices, self.usage
 
 
@@ -98,6 +104,23 @@ def told(events: list[tuple[str, dict[str, Any]]]) -> Any:
     return client.whole()
 
 
+@pytest.fixture(scope="module")
+def cluster() -> LocalCluster:
+    """In float64, so that it says the same whether a token was decoded or its KV is computed with others."""
+    config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES, threads=1, dtype="float64")
+    return LocalCluster(config)
+
+
+@pytest.fixture(scope="module")
+def service(host: Host, cluster: LocalCluster, checkpoint: Path) -> Service:
+    return host.service(cluster, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def address(host: Host, service: Service) -> str:
+    return host.serve(service)
+
+
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request comes a second after the one before."""
@@ -117,6 +140,27 @@ def test_a_stream_goes_on_behind_each_of_its_events(address: str, kind: str) -> 
         rest = events_of(stream(url, body, Last_Event_ID=whole[last][0]))
         assert told(whole[: last + 1] + rest) == told(whole), f"behind event {last}"
     assert rest == []
+
+
+def parts_of(mark: str) -> list[Any]:
+    parts: list[Any] = msgspec.msgpack.decode(base64.urlsafe_b64decode(mark + "=="))
+    return parts
+
+
+def test_what_the_client_has_is_not_computed_again(host: Host, cluster: LocalCluster, address: str) -> None:
+    def computed() -> int:
+        engine = host.run(cluster.status()).engine
+        assert engine is not None
+        return engine.output_tokens
+
+    url, body = f"{address}/v1/completions", {"prompt": PROMPT, "temperature": 1.0, "max_tokens": 12, "ignore_eos": True}
+    whole = events_of(stream(url, body))
+    for last, (mark, _) in enumerate(whole):
+        ((tokens, *_),) = parts_of(mark)[3]
+        before = computed()
+        rest = events_of(stream(url, body, Last_Event_ID=mark))
+        assert told(whole[: last + 1] + rest) == told(whole)
+        assert computed() - before == 12 - tokens
 
 
 def test_and_again_and_again(address: str) -> None:
@@ -156,7 +200,7 @@ def test_an_id_of_another_request_is_refused_by_name(host: Host, service: Servic
 
 def forged(mark: str, at: int, value: object) -> str:
     """The same, with another part."""
-    parts = msgspec.msgpack.decode(base64.urlsafe_b64decode(mark + "=="))
+    parts = parts_of(mark)
     parts[at] = value
     return base64.urlsafe_b64encode(msgspec.msgpack.encode(parts)).decode().rstrip("=")
 
