@@ -57,6 +57,7 @@ def test_a_script_beside_folders_of_the_same_names(folder: Path, said: str) -> N
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_script_on_ray_beside_folders_of_the_same_names(folder: Path, said: str) -> None:
     """Ray's processes look beside the script too."""
     assert run_script(folder) == said

@@ -47,6 +47,7 @@ def until(what: str, true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_requests_wait_for_the_only_group_though_it_has_no_restart_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those under way go on, exact, once it is tried again; so do newcomers, and those whom another scheduler gets."""
     monkeypatch.setattr(restarts, "SPENT_PAUSE_S", 5.0)
@@ -75,6 +76,7 @@ def kill_once_it_has_work(llm: LLM, victim: int) -> None:
         os.kill(victim, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_the_cluster_has_is_said_at_once() -> None:
     with own_ray(2), pytest.raises(EngineError, match=r"room for 1 group"):
         open_llm(local=False, groups=3, size=2)

@@ -251,7 +251,8 @@ def test_the_last_group_runs_empty_if_it_comes_back_and_requests_wait_for_it() -
     assert cluster.reason(waiting) is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("idle", [True, False])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("idle", [False, True])
 def test_nothing_is_kept_of_groups_and_sequences_that_have_gone(idle: bool) -> None:
     """A resident batch is half a megabyte. idle: nobody runs there, or waits afterwards."""
     cluster = Cluster((8, 8))

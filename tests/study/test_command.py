@@ -24,10 +24,13 @@ PLOTS = ("layout", "reuse", "fragmentation", "paging", "tradeoffs")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one quick run over a small trace."""
-    folder = tmp_path_factory.mktemp("study")
+    return study(tmp_path_factory.mktemp("study"))
+
+
+def study(folder: Path, *arguments: str) -> Path:
     trace = conversations(folder / "trace.jsonl", count=12, turns=3)
-    arguments = ["study", "--quick", "--output", str(folder / "docs"), "--trace", str(trace), "--threads", "1"]
-    result = CliRunner().invoke(app, arguments)
+    command = ["study", "--quick", "--output", str(folder / "docs"), "--trace", str(trace), "--threads", "1", *arguments]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return folder / "docs"
 
@@ -56,12 +59,21 @@ def test_every_plot_is_a_drawing_that_the_page_shows(made: Path) -> None:
         assert f"(kv-study/{name}.svg)" in page
 
 
+@pytest.mark.slow
 def test_the_page_is_drawn_again_from_saved_results(made: Path, tmp_path: Path) -> None:
+    require_drawn_again(made, tmp_path, "reuse")
+
+
+def test_so_is_that_of_one_question(tmp_path: Path) -> None:
+    require_drawn_again(study(tmp_path, "--questions", "4"), tmp_path / "again", "paging")
+
+
+def require_drawn_again(made: Path, folder: Path, plot: str) -> None:
     saved = made / "kv-study" / "results-cpu.json"
-    result = CliRunner().invoke(app, ["study", "--output", str(tmp_path), "--from", str(saved)])
+    result = CliRunner().invoke(app, ["study", "--output", str(folder), "--from", str(saved)])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "kv-study.md").read_text() == (made / "kv-study.md").read_text()
-    assert (tmp_path / "kv-study" / "reuse.svg").read_text() == (made / "kv-study" / "reuse.svg").read_text()
+    for name in ("kv-study.md", f"kv-study/{plot}.svg"):
+        assert (folder / name).read_text() == (made / name).read_text()
 
 
 @pytest.mark.slow

@@ -28,14 +28,14 @@ def plain(checkpoints: dict[str, Path]) -> list[RequestOutput]:
         return run(llm, PROMPTS, LONGER)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("setting", "depth", "report_steps"),
     [
-        (TWO_RANKS, 1, 1),
         (TWO_GROUPS, 0, 4),
-        (ONE_RANK, 1, 4),
         (ONE_RANK, 1, 1),
+        (TWO_RANKS, 1, 1),
+        (ONE_RANK, 1, 4),
         (ROOMY, 0, 16),
         (LARGE_BLOCKS, 2, 7),
     ],

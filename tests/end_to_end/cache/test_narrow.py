@@ -56,7 +56,7 @@ def open_mixed(path: Path, blocks: int, **options: Any) -> LLM:
     return open_llm(path, block=BLOCK, blocks=blocks, dtype="float64", max_num_batched_tokens=CHUNK, **options)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [40, 60, 200])
 def test_the_same_tokens_in_less_memory_than_all_layers_would_take(
     blocks: int, checkpoint: Path, expected: list[list[int]]

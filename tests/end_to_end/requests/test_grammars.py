@@ -104,11 +104,11 @@ def plain() -> list[RequestOutput]:
 @pytest.mark.parametrize(
     ("size", "groups", "depth", "blocks", "budget", "report_steps"),
     [
+        (1, 1, 1, 16, 33, 4),
         (2, 2, 1, 12, 64, 1),
         (1, 1, 0, None, 2048, 1),
         (2, 1, 0, None, 64, 1),
         (1, 1, 1, None, 2048, 1),
-        (1, 1, 1, 16, 33, 4),
     ],
     ids=lambda value: str(value),
 )

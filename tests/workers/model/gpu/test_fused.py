@@ -117,6 +117,7 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "fields", "computed"),
     [
