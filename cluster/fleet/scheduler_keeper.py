@@ -30,7 +30,8 @@ STATUS_TIMEOUT_S = 5.0
 ADOPT_TIMEOUT_S = 10.0
 POLL_S = 0.25
 RESTART_PAUSE_S = 1.0
-HUNG_S = 30.0
+HUNG_TIMES = 2.5
+"""Of `hung_after_s`: a scheduler that is replaced costs every request a pause, and one that says nothing all of them more."""
 """Of silence, after which a scheduler is replaced. All that runs is begun again then, so it is given time to come back."""
 
 
@@ -61,6 +62,7 @@ class SchedulerKeeper:
         """owner: where the scheduler is to outlive this process."""
         self._token = secrets.token_hex(16)
         self._told = (config, resolved, bounds)
+        self._hung_after_s = config.hung_after_s
         self._log_format = log_format
         self._owner = owner
         self._changed = threading.Condition()
@@ -271,8 +273,8 @@ class SchedulerKeeper:
                     self._fenced |= {fenced.group: fenced for fenced in ray.get(asked)}
                     silence.heard(live.epoch, time.monotonic())
                 asked = None
-            if silence.look(time.monotonic())[live.epoch] > HUNG_S:
-                return f"has said nothing for {HUNG_S:g} s"
+            if silence.look(time.monotonic())[live.epoch] > (hung_s := HUNG_TIMES * self._hung_after_s):
+                return f"has said nothing for {hung_s:g} s"
         return "was closed"
 
     def _replace(self, epoch: int) -> None:

@@ -92,7 +92,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[SchedulerKeeper]:
-    keeper = SchedulerKeeper(CoreConfig(block_size=16, check_invariants=True), Resolved(), None, "text")
+    config = CoreConfig(block_size=16, check_invariants=True, hung_after_s=60.0)
+    keeper = SchedulerKeeper(config, Resolved(), None, "text")
     keeper.start(PATIENCE_S)
     try:
         yield keeper
@@ -363,7 +364,7 @@ def test_a_scheduler_that_says_nothing_is_replaced_and_one_that_slept_is_not(
     os.kill(pid, signal.SIGCONT)
     assert scheduler.call("status") is not None
     assert scheduler.epoch == 0
-    monkeypatch.setattr(scheduler_keeper, "HUNG_S", 2.0)
+    monkeypatch.setattr(scheduler_keeper, "HUNG_TIMES", 1 / 30)
     os.kill(pid, signal.SIGSTOP)
     until("no other came up", lambda: scheduler.epoch > 0)  # on busy cores that one may be silent for as long
     until("the hung one was left behind", lambda: not alive({pid}))
