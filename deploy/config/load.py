@@ -343,6 +343,7 @@ def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.envi
     open. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
     environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.doors.connections.bound_serve")
     environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_START_S)
+    environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")  # who does not answer ends nothing in good order
     environ[RECEIVE_VARIABLE] = str(serve.receive_timeout_s)
     if serve.haproxy:
         environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")

@@ -14,7 +14,7 @@ MAX_ASKING = 1024
 HEALTH_CHECK_S = 5.0
 ENGINE_HEALTH_TIMEOUT_S = 8.0
 """Serve replaces a replica that has not answered three times: one that is stopped, then, in half a minute."""
-FRONT_END_HEALTH_TIMEOUT_S = 15.0
+FRONT_END_HEALTH_TIMEOUT_S = 10.0
 """Longer, since its end cuts streams. Serve's own 30 s would keep those of one that is stopped waiting for two minutes."""
 GRACE_S = 30.0
 """What requests under way have to end in when their replica shall."""

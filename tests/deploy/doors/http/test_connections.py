@@ -219,6 +219,7 @@ def test_behind_haproxy_it_counts_and_the_front_ends_do_not() -> None:
     assert (bounds.receive_timeout_s, bounds.max_connections) == (1.5, UNCOUNTED)
     assert environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "2"
     assert float(environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 30, "a proxy that comes up on busy cores is killed"
+    assert environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1", "one that is stopped keeps its streams for its grace"
     assert environ["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == "422", "what is under way at a change of its configuration ends"
     assert connection_bounds({}).receive_timeout_s == ServeConfig().receive_timeout_s
 
