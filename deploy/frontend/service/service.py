@@ -103,8 +103,8 @@ class Service:
 
     async def _connect(self) -> FrontEnd:
         """Errors: EngineError, OSError while there is no scheduler."""
-        args = self.cluster.connect, self.model.limits, self.model.tokenizer, MOST_UNREAD
-        connecting = asyncio.get_running_loop().run_in_executor(None, FrontEnd, *args)
+        connect = partial(FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, MOST_UNREAD)
+        connecting = asyncio.get_running_loop().run_in_executor(None, connect)
         try:
             return await asyncio.shield(connecting)
         except asyncio.CancelledError:
