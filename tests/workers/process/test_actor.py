@@ -19,7 +19,7 @@ def test_an_orphan_ends_though_its_place_cannot_be_given_back(monkeypatch: pytes
 
     monkeypatch.setattr(actor, "remove_placement_group", refuse)
     monkeypatch.setattr(actor, "REMOVAL_S", 0.0)
-    monkeypatch.setattr(actor.os, "_exit", end)
+    monkeypatch.setattr("os._exit", end)
     rank = object.__new__(WorkerActor)
     rank._placement = object()
     with pytest.raises(Ended):
