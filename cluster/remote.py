@@ -13,7 +13,7 @@ from itertools import groupby
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from scheduler.protocol.handshake import Stranger, meet
+from scheduler.protocol.handshake import ANSWER_TIMEOUT_S, Stranger, meet
 from scheduler.protocol.messages import Abort, Alive, Connect, Deltas, Request, Stop, TalliedMetric, Tally, ToFrontEnd, Welcome
 from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 
@@ -48,9 +48,10 @@ class SchedulerStream:
             self._socket = meet(host, port, token, Connect())
         except Stranger as error:
             raise EngineError("the scheduler refused the connection: the token is that of another cluster") from error
-        welcome = self._socket.receive()
+        with self._socket.patience(ANSWER_TIMEOUT_S):
+            welcome = self._socket.receive()
         if welcome is None:
-            raise ConnectionError("the scheduler has gone")
+            raise ConnectionError("the scheduler has gone, or says nothing")
         said = msgspec.msgpack.decode(welcome, type=Welcome)
         self.block_size, self._hung_after_s = said.block_size, said.hung_after_s
         self._silence = Silence(time.monotonic())

@@ -86,7 +86,10 @@ class SchedulerCore:
     # ---- groups -------------------------------------------------------------------------------------------------------
 
     def expect(self, group: GroupId, blocks: int = 0) -> None:
-        """A group is coming up (or back): requests wait for it. blocks: its blocks, if known; else as many as it had."""
+        """A group is coming up (or back): requests wait for it. blocks: its blocks, if known; else as many as it had. One whose
+        end has not been heard of is up until then."""
+        if group in self.groups:
+            return
         rest = self.resting.pop(group, None)
         self.expected[group] = blocks or (rest.blocks if rest is not None else self.expected.get(group, 0))
         self._state.pools_changed()

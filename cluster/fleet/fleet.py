@@ -93,8 +93,9 @@ class Fleet:
         self._ready = True
         self._say(f"{wanted} group(s) are ready", progress)
         self.resize(self._wanted)  # another number may have been asked for meanwhile
-        for group in adopted.leaving:  # its end was under way
-            self._begin_leave(group, replace=False)
+        excess = self.target - self._wanted
+        for number, group in enumerate(adopted.leaving):  # its end was under way; requests may wait for one that is wanted
+            self._begin_leave(group, replace=number >= excess)
 
     def resume(self) -> bool:
         """Keeps what another Fleet has left as it is, and starts nothing. False: there is no scheduler with a group."""

@@ -107,7 +107,8 @@ class Groups:
     def _gone(self, group: int, reason: str) -> None:
         with self._lock:
             keeper = self.keepers.pop(group, None)
-            self.epochs[group] = keeper.epoch + 1 if keeper is not None else 0
+            if keeper is not None:  # else it has been removed meanwhile
+                self.epochs[group] = keeper.epoch + 1
             lost = not self.keepers and not self.closed
         if lost:
             self._on_lost(reason)

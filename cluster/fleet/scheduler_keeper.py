@@ -207,20 +207,27 @@ class SchedulerKeeper:
         if self._owner is not None:
             self._owner.keep(actor)
         try:
+            return LiveScheduler(actor, self._listening(actor, timeout_s), epoch)
+        except BaseException:  # also where only the connection to it was cut: it has the name that the next one is to have
+            self._end(actor)
+            raise
+
+    def _listening(self, actor: Any, timeout_s: float) -> SchedulerAddress:
+        """It knows whom requests wait for before it listens. Errors: EngineError."""
+        try:
             told = [actor.expect.remote(group) for group in sorted(self._announced)]
             for group, (reason, back_at_s) in sorted(self._resting.items()):
                 told.append(actor.group_lost.remote(group, reason, max(0.0, back_at_s - time.monotonic())))
             ray.get(told, timeout=timeout_s)
             host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
-            ray.kill(actor)
             raise EngineError(
                 f"the scheduler's process was not ready within {timeout_s:g} s: "
                 "raise start_timeout_s if its machine is only slow"
             ) from error
         except ray.exceptions.RayError as error:
             raise EngineError(f"the scheduler's process died while it started: {error}") from error
-        return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
+        return SchedulerAddress(host, port, self._token)
 
     def _pause(self, live: LiveScheduler) -> None:
         """Until another is known to be up, or that none is; not for long."""
@@ -242,19 +249,19 @@ class SchedulerKeeper:
             if not self._closing.is_set():
                 logger.error("the scheduler %s; starting another", reason)
                 self._set(None)
-                self._end(live)
+                self._end(live.actor)
                 self._replace(live.epoch + 1)
 
     def _check(self) -> None:
         if self._owner is not None:
             self._owner.check()
 
-    def _end(self, live: LiveScheduler) -> None:
+    def _end(self, actor: Any) -> None:
         """Front ends must not stay with one that has no groups any more, should it live after all."""
         if self._owner is not None:
-            self._owner.release(live.actor)
+            self._owner.release(actor)
         with contextlib.suppress(Exception):  # it is dead
-            ray.kill(live.actor)
+            ray.kill(actor)
 
     def _attend(self, live: LiveScheduler) -> str:
         """Until the scheduler dies, hangs or is closed; which of these. Hears from it whom it has fenced."""

@@ -136,8 +136,14 @@ class ProcessGroups:
         assert self._socket is not None
         assert self._host is not None
         message: FromChild
-        for message in self._socket.messages(FromChild):  # type: ignore[arg-type]  # a union is not a type to mypy
-            self._handle(self._host, message)
+        try:
+            for message in self._socket.messages(FromChild):  # type: ignore[arg-type]  # a union is not a type to mypy
+                self._handle(self._host, message)
+        except Exception as error:  # nobody else reads what the groups say
+            logger.exception("what the local groups say cannot be taken in")
+            self._reason = f"the process of the local groups was ended: {error}"
+            if self._child is not None:
+                self._child.kill()
         if not self._started.is_set():
             self._error = EngineError(f"{self._reason} while it was loading {self._model}; its messages stand above")
             self._started.set()

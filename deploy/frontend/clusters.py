@@ -123,15 +123,15 @@ class ServeCluster:
             return engine.result()
         asked = [engine, asyncio.create_task(self._of_scheduler(maps))]
         why: Exception | None = None
-        for answer in asyncio.as_completed(asked, timeout=STATUS_TIMEOUT_S):
-            try:
-                status = await answer
-            except Exception as error:  # a dead replica, a timeout: the other one may know
-                why = why or error
-            else:
-                for each in asked:
-                    each.cancel()
-                return status
+        try:
+            for answer in asyncio.as_completed(asked, timeout=STATUS_TIMEOUT_S):
+                try:
+                    return await answer
+                except Exception as error:  # a dead replica, a timeout: the other one may know
+                    why = why or error
+        finally:
+            for each in asked:  # calls to who does not answer would gather until it does
+                each.cancel()
         return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {why}",))
 
     async def _of_engine(self, maps: bool) -> ClusterStatus:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 
-from cluster.engine import Connect, EngineError, EngineLost, RequestStream
+from cluster.engine import Connect, EngineError, EngineLost
 from scheduler.protocol.messages import Deltas
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class EngineConnection:
         self._connect = connect
         self._lock = threading.RLock()  # a garbage collection may call `close` in the midst of anything
         self._closed = False
-        self._opened: queue.SimpleQueue[RequestStream | EngineLost | None] = queue.SimpleQueue()
+        self._opened: queue.SimpleQueue[EngineLost | None] = queue.SimpleQueue()
         self._inbox: Inbox = queue.SimpleQueue()
         self.stream = connect(self._inbox.put, self._inbox.put)
         """The last one, which may be lost."""
@@ -46,16 +46,11 @@ class EngineConnection:
     def renewed(self, timeout_s: float) -> bool:
         """Waits for the stream that is being opened. Errors: EngineLost if there will be none, or the connection is closed."""
         try:
-            opened = self._opened.get(timeout=timeout_s)
+            lost = self._opened.get(timeout=timeout_s)
         except queue.Empty:
             return False
-        if isinstance(opened, EngineLost):
-            raise opened
-        if opened is None or self._closed:
-            if opened is not None:
-                opened.close()
-            raise EngineLost("the engine was shut down")
-        self.stream = opened
+        if lost is not None:
+            raise lost
         return True
 
     def close(self) -> bool:
@@ -68,7 +63,7 @@ class EngineConnection:
             self.stream.close()
         finally:
             self._inbox.put(None)
-            self._opened.put(None)
+            self._opened.put(EngineLost("the engine was shut down"))
         return True
 
     def _open(self, inbox: Inbox) -> None:
@@ -83,6 +78,9 @@ class EngineConnection:
             except Exception:
                 logger.exception("no scheduler can be reached; trying on")
             else:
-                self._opened.put(stream)
+                self.stream = stream
+                if self._closed:  # whoever closes says so first, then ends the stream that is there
+                    stream.close()
+                self._opened.put(None)
                 return
             time.sleep(RECONNECT_S)

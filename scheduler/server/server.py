@@ -174,8 +174,7 @@ class SchedulerServer:
             now_s = time.monotonic()
             if now_s - said_s >= BEAT_S:
                 said_s = now_s
-                for writer in [*self._leaders.values(), *self._front_ends.values()]:
-                    write_frame(writer, Alive())
+                self._beat()
             for fenced in self._vitals.look(now_s):
                 logger.error("fencing epoch %d: %s", fenced.epoch, fenced.reason)
                 try:
@@ -185,6 +184,11 @@ class SchedulerServer:
             self._leave_silent(now_s)
             if self._front_ends and self.core.groups:
                 self._used()
+
+    def _beat(self) -> None:
+        """Apart from the loop that looks: a name in that would keep the last of the connections when all have ended."""
+        for writer in [*self._leaders.values(), *self._front_ends.values()]:
+            write_frame(writer, Alive())
 
     def _leave_silent(self, now_s: float) -> None:
         """Front ends that say nothing, though they may live: they ask for the same again once they can."""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 from threading import Timer
 from unittest.mock import MagicMock
@@ -21,6 +22,8 @@ from deploy.frontend.outputs import GenerationError
 from kvcache.ids import GroupId
 from kvcache.layout import PoolSizes
 from scheduler.protocol.leaders import Beat
+from scheduler.protocol.wire import FrameSocket
+from scheduler.state.resident import ProtocolError
 from workers.config import ResolvedWorker
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], list(range(40, 140))]
@@ -101,6 +104,23 @@ def test_a_step_that_takes_longer_than_such_a_step_takes(beat: Beat, ended: bool
     groups._watch()
     assert child.kill.called is ended
     assert ("group 0 hangs: a step has not ended after 6.0 s" in groups._reason) is ended
+
+
+def test_what_cannot_be_taken_in_ends_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else would read what they say: whoever waits for them would wait for ever."""
+    config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, groups=2)
+    groups, child, host = as_on_a_gpu(config, resolve(config, "cpu", 1)), MagicMock(), MagicMock()
+    host.hear.side_effect = ProtocolError("group 1 sent report 3, expected 2: fence it")
+    ours, theirs = map(FrameSocket, socket.socketpair())
+    for name, value in (("_child", child), ("_host", host), ("_socket", ours)):
+        monkeypatch.setattr(groups, name, value)
+    groups._started.set()
+    theirs.send(GroupSays(GroupId(1), Beat(EPOCH)))
+    theirs.close()
+    groups._read()
+    assert child.kill.called
+    assert [call.args[0] for call in host.group_lost.call_args_list] == [0, 1]
+    assert "group 1 sent report 3, expected 2" in host.group_lost.call_args.args[1]
 
 
 @pytest.mark.usefixtures("in_a_process")

@@ -76,6 +76,25 @@ def test_a_scheduler_that_says_nothing_is_left_and_one_that_says_it_lives_is_not
     scheduler.close()
 
 
+def test_one_that_lets_it_in_and_says_no_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "ANSWER_TIMEOUT_S", 0.5)
+    came: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def connect(port: int) -> None:
+        try:
+            came.put(SchedulerStream("127.0.0.1", port, TOKEN, lambda _: None, lambda _: None))
+        except ConnectionError as error:
+            came.put(error)
+
+    with listen("127.0.0.1") as listener:
+        listener.settimeout(PATIENCE_S)
+        threading.Thread(target=connect, args=(listener.getsockname()[1],), daemon=True).start()
+        socket = FrameSocket(listener.accept()[0])
+        identify(socket, TOKEN, Connect)
+        assert isinstance(came.get(timeout=PATIENCE_S / 4), ConnectionError)
+        socket.close()
+
+
 def test_a_front_end_says_that_it_lives(scheduler: Scheduler) -> None:
     for _ in range(2):
         assert msgspec.msgpack.decode(scheduler.socket.receive() or b"", type=Alive) == Alive()

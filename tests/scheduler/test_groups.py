@@ -50,6 +50,21 @@ def test_with_no_group_left_all_fail_with_the_reason() -> None:
         cluster.submit([1])
 
 
+def test_one_that_is_expected_before_its_end_is_heard_of_is_up_until_then() -> None:
+    """Whoever keeps it has found its ranks dead, or ends them, and starts it again: its leader's socket may end later."""
+    cluster = Cluster((8,))
+    [stream] = cluster.submit([1], max_tokens=6)
+    cluster.core.expect(GroupId(0))
+    cluster.core.check()
+    cluster.step(times=2)
+    cluster.lose(0, returning=True)
+    cluster.core.check()
+    assert cluster.core.expected == {GroupId(0): 8}
+    cluster.bring_up(0)
+    cluster.run()
+    assert cluster.reason(stream) is FinishReason.LENGTH
+
+
 def test_with_a_replacement_on_its_way_all_wait() -> None:
     cluster = Cluster((8,))
     streams = [cluster.submit([token], max_tokens=6)[0] for token in (0, 1)]

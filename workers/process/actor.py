@@ -130,7 +130,10 @@ class WorkerActor:
     def _orphaned(self) -> None:
         """Ends the whole group, ranks that do not react included, and frees its place."""
         logger.error("nobody has taken this group over: it ends")
-        if self._placement is not None:
-            remove_placement_group(self._placement)
+        try:
+            if self._placement is not None:
+                remove_placement_group(self._placement)
+        except Exception:  # Ray does not answer: its place is free once all of its ranks have ended by themselves
+            logger.exception("the group's place could not be given back")
         time.sleep(REMOVAL_S)
         os._exit(1)

@@ -5,6 +5,7 @@ Imports prompts and the wire types; the tokens themselves are kept by `generatio
 """
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class Submission:
         self._begun_s = now_s
         self._sent = True
         self.seed = params.seed
-        """Once it is known: a request that brings none has one drawn by the scheduler."""
+        """Once it is known: a request that brings none has one drawn: by the scheduler, or here if it is lost before."""
         self._standings = [_Standing() for _ in range(params.n)]
 
     def wait(self) -> None:
@@ -132,6 +133,8 @@ class Submission:
         if not self._sent:
             deadline_s = None if request.deadline_s is None else max(0.0, request.deadline_s - age_s)
             return [msgspec.structs.replace(request, deadline_s=deadline_s)]
+        if self.seed is None:  # for each of them the scheduler would draw another
+            self.seed = secrets.randbits(63)
         return [self._resumed(request, choice, tokens, prompt_told, age_s) for choice, tokens in outputs.items()]
 
     def _resumed(self, request: Request, choice: int, tokens: Sequence[int], prompt_told: bool, age_s: float) -> Request:

@@ -73,10 +73,14 @@ class ServedAdapters:
         self._refused: dict[str, Adapter] = {}  # as they stand on the shelf, and cannot be served
         self._opened = asyncio.Event()
 
-    def open(self) -> None:
-        """Those that are named take requests from now on. Errors: ValueError if another model has the name of one."""
+    def open(self, before: "ServedAdapters | None" = None) -> None:
+        """Those that are named take requests from now on, in place of those of another version, `before`. Errors: ValueError if
+        another model has the name of one; nothing has changed then."""
+        others = self._others() - (before._models.keys() if before is not None else set())
         for adapter in self._adapters:
-            self._adapters.check_name(adapter.name, models=self._others())
+            self._adapters.check_name(adapter.name, models=others)
+        if before is not None:
+            before.close()
         for adapter in self._adapters:
             self._serve(adapter)
         self._opened.set()

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -92,15 +93,23 @@ class Service:
         try:
             while self._frontend is None:
                 with contextlib.suppress(EngineError, OSError):
-                    self._shared.frontend = await asyncio.to_thread(
-                        FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, MOST_UNREAD
-                    )
+                    self._shared.frontend = await self._connect()
                     break
                 await asyncio.sleep(RECONNECT_S)
             await asyncio.Event().wait()
         finally:
             if self._frontend is not None:
                 await asyncio.to_thread(self._frontend.close)
+
+    async def _connect(self) -> FrontEnd:
+        """Errors: EngineError, OSError while there is no scheduler."""
+        connect = partial(FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, MOST_UNREAD)
+        connecting = asyncio.get_running_loop().run_in_executor(None, connect)
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            connecting.add_done_callback(_close_late)  # a thread cannot be cancelled
+            raise
 
     def tally(self, metrics: Sequence[TalliedMetric]) -> bool:
         """Hands metrics to the scheduler; False, and they are still the caller's, while it cannot be reached."""
@@ -269,6 +278,12 @@ class Service:
         if self.model.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer")
         return self.model.tokenizer
+
+
+def _close_late(connecting: "asyncio.Future[FrontEnd]") -> None:
+    """The scheduler would wait for a front end that nobody has any more."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        threading.Thread(target=connecting.result().close, name="manta-frontend-close", daemon=True).start()
 
 
 @dataclass(slots=True, eq=False)

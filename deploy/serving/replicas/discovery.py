@@ -205,10 +205,8 @@ class Discovery:
                     estate = estate_of(application, told.version, told.config.engine)
                     await turn_of(ServeCluster(engine, application, told.version), estate)
                 self._check_name(application, opened.model.name)
-                if before is not None:
-                    before.adapters.close()
+                opened.adapters.open(before.adapters if before is not None else None)
                 self._further.put(opened.model)
-                opened.adapters.open()
                 self._opened[application] = opened
         except (ValueError, OSError) as error:  # a checkpoint, a template, a name
             if application not in self._refused or self._refused[application][0] != told:
@@ -228,7 +226,11 @@ class Discovery:
         observer = Observer.open(limits, model.name)
         service = Service(model, ServeCluster(engine, application, told.version), observer)
         shelf = AdapterShelf(namespace_of(application))
-        adapters = await asyncio.to_thread(ServedAdapters, service, told.config.engine, limits, self._further, shelf)
+        try:
+            adapters = await asyncio.to_thread(ServedAdapters, service, told.config.engine, limits, self._further, shelf)
+        except BaseException:
+            await asyncio.to_thread(observer.close)
+            raise
         tasks = (
             asyncio.create_task(service.run()), asyncio.create_task(observer.run(service)), asyncio.create_task(adapters.run()),
         )  # fmt: skip

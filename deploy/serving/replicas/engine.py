@@ -174,13 +174,14 @@ class EngineReplica:
 
 
 def _is_wanted(application: str) -> bool:
-    """Whether Serve, which ends a replica of it, will start another: asked from that replica."""
+    """Whether Serve, which ends a replica of it, will start another, or says nothing: asked from that replica. What is left to
+    nobody ends by itself in time; what is ended has clients that wait."""
 
     def ask() -> bool:
         now = serve.status().applications.get(application)
         return now is not None and now.status != ApplicationStatus.DELETING
 
-    return _answer_of(ask) or False
+    return _answer_of(ask) is not False
 
 
 def further_name(endpoint: str, model: str) -> str:

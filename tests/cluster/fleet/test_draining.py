@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from msgspec import structs
@@ -10,6 +11,7 @@ from msgspec import structs
 from cluster.config import EngineConfig
 from cluster.engine import EngineError
 from cluster.fleet import fleet as fleets
+from cluster.fleet.adoption import Adopted
 from cluster.fleet.fleet import Fleet
 from cluster.resolve import resolve
 from kvcache.ids import GroupId
@@ -74,3 +76,23 @@ def test_a_group_that_has_died_meanwhile_is_empty(monkeypatch: pytest.MonkeyPatc
     emptied = Emptied(monkeypatch, looks)
     emptied.fleet._run_empty(1, returning=False, vacates=False)
     assert looks == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "leaving", "anew"),
+    [(1, 1, [0], {0: True}), (1, 2, [1], {1: False}), (2, 3, [0, 2], {0: False, 2: True})],
+)
+def test_one_that_the_next_owner_wants_is_started_anew_once_it_is_empty(
+    monkeypatch: pytest.MonkeyPatch, wanted: int, there: int, leaving: list[int], anew: dict[int, bool]
+) -> None:
+    """Whoever let it run empty has died. If it was the only one, requests wait for it: with its end they would have nobody."""
+    config, begun = replace(CONFIG, groups=wanted), dict[int, bool]()
+    fleet = Fleet(config, resolve(config, "cpu"))
+    for group in range(there):
+        fleet._groups.keepers[group] = cast(Any, SimpleNamespace())
+    monkeypatch.setattr(fleet, "_take_over", lambda _: Adopted(None, leaving=leaving))
+    monkeypatch.setattr(fleet, "groups", lambda: [SimpleNamespace(up=True) for _ in range(there)])
+    monkeypatch.setattr(fleet, "resize", lambda _: None)
+    monkeypatch.setattr(fleet, "_begin_leave", lambda group, *, replace: begun.update({group: replace}))
+    fleet.start(lambda _: None)
+    assert begun == anew

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from deploy.frontend import clusters
 from deploy.frontend.clusters import ServeCluster
 from scheduler.server.stats import ClusterStatus
 
@@ -36,3 +37,26 @@ def test_an_engine_that_serves_another_version_leaves_the_word_to_the_scheduler(
     assert status_of(None, Actor(ready), monkeypatch) == ready
     nobody = status_of(None, None, monkeypatch)
     assert (nobody.phase, nobody.progress) == ("starting", ("the engine does not answer: the engine does not serve version 1",))
+
+
+def test_nobody_is_asked_on_whose_answer_has_not_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Front ends ask once a second, and the engine may be stopped for as long as it takes to replace it."""
+
+    class Silent(Remote):
+        async def remote(self, *_: Any) -> ClusterStatus | None:
+            await asyncio.Event().wait()
+            return None
+
+    actor = Actor(None)
+    actor.status = Silent(None)
+    monkeypatch.setattr(clusters, "ENGINE_PATIENCE_S", 0.01)
+    monkeypatch.setattr(clusters, "STATUS_TIMEOUT_S", 0.05)
+    cluster = ServeCluster(actor, "manta", "1")
+    monkeypatch.setattr(cluster, "_scheduler", lambda: actor)
+
+    async def scenario() -> None:
+        assert (await cluster.status()).phase == "starting"
+        await asyncio.sleep(0.1)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())

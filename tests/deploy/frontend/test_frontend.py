@@ -349,6 +349,15 @@ def test_what_was_said_of_a_start_is_said_to_the_next_scheduler(lasting: Host) -
     assert other.resumption == Resumption(1, b"", ANY, 1, 16, 2.5, began.misses)
 
 
+def test_choices_that_had_not_begun_have_one_seed(lasting: Host) -> None:
+    """Each is asked for by itself, and who goes on by the id of an event, or with a third scheduler, knows of one for all."""
+    generation = lasting.submit(n=2)
+    lose(lasting)
+    _, one, other = lasting.engine.requests
+    assert one.params.seed is not None
+    assert one.params.seed == other.params.seed == generation.submission.seed
+
+
 def test_who_goes_meanwhile_is_not_asked_for(lasting: Host) -> None:
     stays, goes, ends = lasting.submit(), lasting.submit(), lasting.submit()
     lasting.deliver({0: 1, 1: 1, 2: 1}, 2)

@@ -1,6 +1,7 @@
 """Requests that are ended from outside: by their id, or by their deadline, whatever their caller is doing just then."""
 
 import asyncio
+import threading
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 
@@ -146,6 +147,36 @@ def test_a_scheduler_that_is_being_replaced_is_waited_for() -> None:
             assert await asyncio.gather(*asked) == [3, 3, 3]
             assert cluster.connections == 2
             assert service.under_way == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_service_that_ends_while_it_connects_leaves_no_connection() -> None:
+    """A scheduler that another version is to take over from waits for the last front end to go."""
+
+    class Slow(Replaced):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked, self.opens = threading.Event(), threading.Event()
+            self.engine: RequestStream | None = None
+
+        def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
+            self.asked.set()
+            assert self.opens.wait(PATIENCE_S)
+            self.engine = super().connect(on_deltas, on_failure)
+            return self.engine
+
+    async def scenario() -> None:
+        cluster = Slow()
+        running = asyncio.create_task(Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), cluster).run())
+        assert await asyncio.to_thread(cluster.asked.wait, PATIENCE_S)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        cluster.opens.set()
+        async with asyncio.timeout(PATIENCE_S / 4):
+            while not (isinstance(cluster.engine, FakeEngine) and cluster.engine.closed):
+                await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
 

@@ -1,6 +1,7 @@
 """Front ends follow which models Serve has beside the first: what is opened, exchanged, refused and let go, and when."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ from deploy.text.prompts import Prompt
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.doors.http.conftest import ScriptedCluster
 from tests.deploy.frontend.fake_engine import FakeEngine
+from tests.shared.adapters import make_adapter
 
 PATIENCE_S = 60.0
 OUTPUT = [200, 201, 202]
@@ -37,6 +39,11 @@ OUTPUT = [200, 201, 202]
 def told(name: str, version: str = "1", **limits: Any) -> ServedVersion:
     engine = EngineConfig(model=str(EMBEDDED_MODEL))
     return ServedVersion(ModelSettings(engine, ServeConfig(served_model_name=name, **limits)), 1, version)
+
+
+def with_adapter(name: str, version: str, *adapters: str) -> ServedVersion:
+    plain = told(name, version)
+    return replace(plain, config=replace(plain.config, engine=replace(plain.config.engine, lora=adapters, max_loras=2)))
 
 
 class FakeServe:
@@ -264,6 +271,43 @@ def test_what_cannot_be_served_is_said_once_and_holds_up_nobody(
         assert names(further) == ["a", "second"]
 
     following(work)
+
+
+def test_another_version_whose_adapters_cannot_be_served_leaves_the_one_that_is(fake: FakeServe, tmp_path: Path) -> None:
+    """One of them has the name of another model."""
+    folder = make_adapter(tmp_path / "adapter", EMBEDDED_MODEL)
+    fake.applications = {"manta:a": with_adapter("a", "1", f"own={folder}"), "manta:b": told("b")}
+    fake.up.add("2")
+
+    async def work(discovery: Discovery, further: FurtherModels) -> None:
+        served = [model for model in further.listed() if model.name in ("a", "own")]
+        assert len(served) == 2
+        fake.applications["manta:a"] = with_adapter("a", "2", f"own={folder}", f"b={folder}")
+        await until(lambda: "manta:a" in discovery._refused)
+        assert [model for model in further.listed() if model.name in ("a", "own")] == served
+        fake.applications["manta:a"] = with_adapter("a", "2", f"own={folder}", f"c={folder}")
+        await until(lambda: names(further) == ["a", "b"] and further.get("c") is not None)
+        assert served != [model for model in further.listed() if model.name in ("a", "own")]
+
+    following(work)
+
+
+def test_a_model_that_is_tried_again_and_again_leaves_nothing_behind(
+    fake: FakeServe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.0)
+    fake.applications["manta:a"] = with_adapter("a", "1", f"own={tmp_path / 'missing'}")
+
+    async def work(discovery: Discovery, further: FurtherModels) -> None:
+        for _ in range(3):
+            await until(lambda: "manta:a" in discovery._refused)
+            discovery._refused.clear()
+        fake.applications.clear()
+        await until(lambda: not discovery._opening)
+        assert not [thread for thread in threading.enumerate() if thread.name == "manta-request-log"]
+        assert names(further) == []
+
+    following(work, ServeConfig(request_log=str(tmp_path / "log")))
 
 
 def administration(discovery: Discovery) -> ServeAdministration:
