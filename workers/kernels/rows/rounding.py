@@ -17,8 +17,8 @@ LARGEST = tl.constexpr(LARGEST_FP8)
 
 @triton.jit
 def store_rounded(wide, values, scales, token, padded, begin, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of a token from `begin` on, in float32, zeros beyond K: rounded, to where `Rounded` has them. NaN stays NaN,
-    and makes the token's products so.
+    """BLOCK columns of a token from `begin` on, in float32, zeros beyond K: rounded, to where `Rounded` has them. NaN stays
+    NaN, and makes the token's products so.
 
     GROUP: K itself, where BLOCK has all of them, or a power of two that divides BLOCK.
     """
