@@ -347,7 +347,7 @@ def test_log_probabilities_are_made_of_a_few_samples_at_a_time(monkeypatch: pyte
     driven = Driven(requests, 70, logits.dtype)
     tokens = torch.tensor(driven.sample(logits, starts(requests)), device=DEVICE)
     whole = driven.sampler.measure([(logits, tokens)], driven.rows)
-    widened, measure = [], logprobs.measure
+    widened, measure = list[int](), logprobs.measure
 
     def note(comm: Any, some: Tensor, *others: Any) -> Tensor:
         widened.append(len(some))
