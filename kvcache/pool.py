@@ -26,7 +26,8 @@ class KVPool:
 
     On a CPU the memory is allocated, never touched: the system commits it as blocks are first written, and what an unwritten
     slot holds is arbitrary, NaN included. Readers must not let such slots into a sum, not even times zero. On a GPU the pool
-    starts as zeros, because flash-attn 3 multiplies the unwritten slots of a block by a zero probability.
+    starts as zeros, and whatever is written as a value is finite, because flash-attn 3 multiplies the unwritten slots of a
+    block by a zero probability.
 
     pinned: host memory that a GPU copies from and to by itself; locked at once, as long as the pool lives. scales: of a layout
     that is `scaled`; None: 1 everywhere. Bytes that move between pools of one layout are taken as they are: all pools of a

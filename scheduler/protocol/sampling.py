@@ -10,6 +10,8 @@ import msgspec
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_COUNT = 2**31 - 1
+"""Of tokens, and of ids to choose among. Workers add a prompt's length, in 64 bits: what runs over there would end a rank."""
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 """A logit is divided by it, or multiplied with it: beyond these it would not stay finite."""
 
@@ -76,15 +78,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def __post_init__(self) -> None:
         _check("n", self.n, 1, MAX_CHOICES)
         _check("temperature", self.temperature, 0.0, math.inf)
-        _check("top_k", self.top_k, 0, math.inf)
+        _check("top_k", self.top_k, 0, MAX_COUNT)
         _check("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check("min_tokens", self.min_tokens, 0, math.inf)
+        _check("min_tokens", self.min_tokens, 0, MAX_COUNT)
         if self.max_tokens is not None:
-            _check("max_tokens", self.max_tokens, 1, math.inf)
+            _check("max_tokens", self.max_tokens, 1, MAX_COUNT)
             if self.min_tokens > self.max_tokens:
                 raise InvalidField("min_tokens", f"={self.min_tokens} is above max_tokens={self.max_tokens}: lower it")
         if self.logprobs is not None:

@@ -19,6 +19,7 @@ from workers.kernels.attention.chunks import ChunkAttention
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import FEW_ROWS, SOME_ROWS
 from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.heads.finite import finite
 from workers.kernels.heads.fp8 import stored
 from workers.kernels.heads.turn import HeadTurn
 from workers.step import StepInput
@@ -43,8 +44,7 @@ def _write(key, value, keys, values, slots, key_stride, value_stride, block_stri
         kept = stored(kept, key_scale)
     tl.store(keys + target + at, kept, mask=mask)
     kept = tl.load(value + token * value_stride + at, mask=mask)
-    if value_scale is not None:
-        kept = stored(kept, value_scale)
+    kept = finite(kept) if value_scale is None else stored(kept, value_scale)
     tl.store(values + target + at, kept, mask=mask)
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Cut, Load, Moved, Movement, Offload, Receive, Send
@@ -106,6 +105,7 @@ class BlockMover:
         self._lanes: dict[LaneKey, _BlockLane] = {}
         self._recent: dict[LaneKey, None] = {}  # who may have a communicator, the last used last
         self._leaving: list[_BlockLane] = []  # cut off, perhaps still at work
+        self._sides: list[Side] = []  # of lanes that have gone
         self._cut: dict[int, int] = {}  # group -> newest epoch that has gone
 
     def take(self, command: Movement) -> None:
@@ -127,6 +127,7 @@ class BlockMover:
         stuck = self._end_lanes(f"the group has left epoch {self._epoch}")
         if stuck:
             raise TransferFailed(f"{', '.join(stuck)} did not end within {JOIN_S:g} s")
+        self._sides += [lane.side for lane in (*self._lanes.values(), *self._leaving)]
         self._lanes.clear()
         self._recent.clear()
         self._leaving.clear()
@@ -155,7 +156,8 @@ class BlockMover:
         key = (kind, group, epoch)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _BlockLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._device)
+            side = self._sides.pop() if self._sides else Side(self._device)
+            lane = self._lanes[key] = _BlockLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", side)
             if kind != "host" and epoch <= self._cut.get(group, -1):
                 lane.abort.set(f"epoch {epoch} of group {group} has gone")
             elif kind != "host":
@@ -184,8 +186,17 @@ class BlockMover:
             if epoch <= cut.epoch:
                 self._lanes[kind, group, epoch].abort.set(f"epoch {epoch} of group {group} has gone")
                 self._forget((kind, group, epoch))
-                self._leaving = [lane for lane in self._leaving if not lane.idle]
+                self._reclaim()
                 self._leaving.append(self._lanes.pop((kind, group, epoch)))
+
+    def _reclaim(self) -> None:
+        """The sides of those that have left."""
+        leaving, self._leaving = self._leaving, []
+        for lane in leaving:
+            if lane.idle:
+                self._sides.append(lane.side)
+            else:
+                self._leaving.append(lane)
 
     # ---- in a lane
 
@@ -249,9 +260,9 @@ class BlockMover:
 class _BlockLane(Lane):
     """A lane with its place on the pool's device."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, side: Side) -> None:
         super().__init__(name)
-        self.side = Side(device)
+        self.side = side
 
 
 def _ids(buffer: bytes, pool: KVPool) -> Blocks:

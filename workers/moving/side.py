@@ -17,7 +17,8 @@ Ready = torch.cuda.Event | None
 
 
 class Side:
-    """One lane's place on its device. A lane has its own, since what waits for another group must hold up no other lane."""
+    """One lane's place on its device. A lane has its own, since what waits for another group must hold up no other lane. It is
+    used again after it: torch has 32 streams, and hands out the first ones once more then."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None

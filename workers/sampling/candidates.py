@@ -32,7 +32,7 @@ def logsumexp(values: Tensor, best: Tensor) -> Tensor:
     On the CPU row by row: it stays in the cache, and the order of the sum cannot depend on the number of rows.
     """
     if not values.is_cpu:
-        return (values - best).exp().sum(-1, keepdim=True).log() + best
+        return (values - best).exp_().sum(-1, keepdim=True).log() + best
     sums = [(row - top).exp_().sum() for row, top in zip(values, best, strict=True)]
     return torch.stack(sums)[:, None].log() + best
 

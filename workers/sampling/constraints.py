@@ -3,7 +3,7 @@
     admit ──▶ compile, replay ──▶ mask ──▶ allowed: waits ──▶ (sampled) ──▶ advance ──▶ mask ──▶ ...
 
 Every rank has matchers of its own and feeds them the same tokens, so all ranks have the same masks. Imports llguidance,
-`grammar` and NumPy; no torch.
+`grammar`, the wire types and NumPy; no torch.
 """
 
 import logging
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
+from scheduler.protocol.messages import NO_TOKEN
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import GrammarError, compile_grammar
 
@@ -133,11 +134,12 @@ class Constraints:
         return Allowed(constraints, samples, np.stack([constraint.bits for constraint in constraints]))
 
     def advance(self, allowed: Allowed, tokens: npt.NDArray[np.int64]) -> None:
-        """Takes the step's sampled tokens [samples] and begins on what may follow. Leases that have ended are passed over."""
+        """Takes the step's sampled tokens [samples] and begins on what may follow. Leases that have ended are passed over, and
+        those that end now, for which nothing could be drawn: NO_TOKEN would fail all whose masks are made with theirs."""
         alive = [
             (constraint, token)
             for constraint, token in zip(allowed.constraints, tokens[allowed.samples].tolist(), strict=True)
-            if self._rows.get(constraint.row) is constraint and not constraint.failed
+            if self._rows.get(constraint.row) is constraint and not constraint.failed and token != NO_TOKEN
         ]
         if alive:
             job = self._following.submit(self._follow, alive)

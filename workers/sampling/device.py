@@ -7,6 +7,8 @@
 The host waits in none of them. Imports torch, NumPy, the kernels and the sampler's parts; knows no model.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -132,9 +134,9 @@ class DeviceSampler:
         return bool((self._logprobs[rows] != logprobs.NOT_ASKED).any())
 
     @torch.no_grad()
-    def measure(self, logits: Tensor, tokens: Tensor, rows: Ints) -> Logprobs | None:
-        """The log-probabilities that samples asked for: this rank's `logits` and the `tokens` drawn, `rows` on the host."""
-        return logprobs.measure_asked(self._comm, logits, tokens, self._logprobs[rows], self._vocab_size, torch.float32)
+    def measure(self, drawn: Iterable[tuple[Tensor, Tensor]], rows: Ints) -> Logprobs | None:
+        """The log-probabilities that samples asked for. drawn: as in `logprobs.measure_asked`. rows: of all, on the host."""
+        return logprobs.measure_asked(self._comm, drawn, self._logprobs[rows], self._vocab_size, torch.float32)
 
     @torch.no_grad()
     def measure_prompt(self, logits: Tensor, tokens: npt.NDArray[np.int32], most: int) -> Tensor:

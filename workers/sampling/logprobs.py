@@ -3,6 +3,7 @@
 Imports torch, NumPy, msgspec, the wire types and `candidates`.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -19,7 +20,8 @@ Ints = npt.NDArray[np.integer]
 
 NOT_ASKED = -1
 MEASURED_AT_ONCE = 64
-"""Positions of a prompt whose logits are widened for the sums at a time."""
+"""Samples, or positions of a prompt, whose logits are widened for the sums at a time: no step that measures memory at a start
+does so. 168 MB of 262,144 ids in 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +90,34 @@ def measure(comm: Communicator, logits: Tensor, tokens: Tensor, most: int, vocab
 
 
 def measure_asked(
-    comm: Communicator, logits: Tensor, tokens: Tensor, counts: Ints, vocab_size: int, dtype: torch.dtype
+    comm: Communicator, drawn: Iterable[tuple[Tensor, Tensor]], counts: Ints, vocab_size: int, dtype: torch.dtype
 ) -> Logprobs | None:
     """What the samples of a step asked for; None if none did. Waits for nothing.
 
-    logits: [samples, local_vocab], raw. tokens: [samples] int64. counts: [samples] top entries that each wants, or NOT_ASKED.
-    dtype: of the arithmetic.
+    drawn: raw logits [n, local_vocab] and tokens [n] int64 of the step's first samples, of the next ones, ... counts: [samples]
+    top entries that each wants, or NOT_ASKED. dtype: of the arithmetic.
     """
     asked = np.flatnonzero(counts != NOT_ASKED)
     if not len(asked):
         return None
-    at = to_device(asked, logits.device)
-    numbers = measure(comm, logits[at].to(dtype), tokens[at], int(counts[asked].max()), vocab_size)
+    numbers = _in_parts(comm, _picked(drawn, asked), int(counts[asked].max()), vocab_size, dtype)
     return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), to_host(numbers))
+
+
+def _picked(drawn: Iterable[tuple[Tensor, Tensor]], asked: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and tokens of those samples, `MEASURED_AT_ONCE` at most."""
+    for logits, tokens in drawn:
+        here, asked = asked[asked < len(tokens)], asked[asked >= len(tokens)] - len(tokens)
+        if len(here):
+            for at in torch.split(to_device(here, logits.device), MEASURED_AT_ONCE):
+                yield logits[at], tokens[at]
+
+
+def _in_parts(
+    comm: Communicator, parts: Iterable[tuple[Tensor, Tensor]], most: int, vocab_size: int, dtype: torch.dtype
+) -> Tensor:
+    """`measure`, of one part after another."""
+    return torch.cat([measure(comm, logits.to(dtype), tokens, most, vocab_size) for logits, tokens in parts])
 
 
 def to_host(numbers: Tensor) -> Tensor:
@@ -125,4 +142,4 @@ def measure_prompt(
     dtype: of the arithmetic.
     """
     parts = zip(torch.split(logits, MEASURED_AT_ONCE), torch.split(tokens, MEASURED_AT_ONCE), strict=True)
-    return torch.cat([measure(comm, part.to(dtype), follow, most, vocab_size) for part, follow in parts])
+    return _in_parts(comm, parts, most, vocab_size, dtype)

@@ -255,7 +255,7 @@ class Sampler:
         return tokens
 
     def _measure(self, logits: Tensor, tokens: Tensor, rows: Ints) -> Logprobs | None:
-        return logprobs.measure_asked(self._comm, logits, tokens, self._logprobs[rows], self._vocab_size, self._dtype)
+        return logprobs.measure_asked(self._comm, [(logits, tokens)], self._logprobs[rows], self._vocab_size, self._dtype)
 
     def _put(self, array: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from scheduler.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, InvalidField, SamplingParams
+from scheduler.protocol.sampling import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, InvalidField, SamplingParams
 
 OUTSIDE: list[tuple[str, Any]] = [
     ("n", 0),
@@ -16,6 +16,7 @@ OUTSIDE: list[tuple[str, Any]] = [
     ("temperature", math.nan),
     ("temperature", math.inf),
     ("top_k", -1),
+    ("top_k", MAX_COUNT + 1),
     ("top_p", 0.0),
     ("top_p", 1.01),
     ("top_p", math.nan),
@@ -30,7 +31,9 @@ OUTSIDE: list[tuple[str, Any]] = [
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
     ("min_tokens", -1),
+    ("min_tokens", MAX_COUNT + 1),
     ("max_tokens", 0),
+    ("max_tokens", MAX_COUNT + 1),
     ("logprobs", -1),
     ("logprobs", MAX_LOGPROBS + 1),
 ]
@@ -47,6 +50,8 @@ LIMITS: list[tuple[str, Any]] = [
     ("presence_penalty", -2.0),
     ("frequency_penalty", 2.0),
     ("max_tokens", None),
+    ("max_tokens", MAX_COUNT),
+    ("top_k", MAX_COUNT),
     ("logprobs", 0),
     ("logprobs", MAX_LOGPROBS),
 ]

@@ -124,6 +124,29 @@ def test_a_newer_epoch_after_a_cut(make: Make, kind: str) -> None:
     assert torch.equal(again.rows[6:8], here.rows[4:6])
 
 
+def test_whoever_comes_after_a_lane_has_its_place_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the other groups begin anew: a device has few streams, and two lanes of one wait for each other."""
+    made: list[side.Side] = []
+
+    class Counted(side.Side):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            made.append(self)
+
+    monkeypatch.setattr(mover, "Side", Counted)
+    said = Said()
+    here = BlockMover(random_pool(), None, None, said.add, rank=0, epoch=0)
+    for epoch in range(6):
+        here.take(Send(epoch, ids([0]), 2, epoch))
+        lane = here._lanes["send", 2, epoch]
+        said.wait(epoch)
+        here.take(Cut(2, epoch))
+        assert lane.join(PATIENCE_S)
+        assert lane.side not in [other.side for other in here._lanes.values()]
+    assert len(made) <= 2
+    here.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_many_pairs_the_quiet_ones_begin_anew(make: Make, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mover, "MOST_PAIRS", 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from scheduler.protocol.messages import NO_TOKEN
 from scheduler.protocol.sampling import Grammar
 from tests.workers.sampling.test_grammar import EOS, PERSON, TINY
 from workers.sampling import constraints as module
@@ -133,6 +134,19 @@ def test_a_token_that_was_not_allowed_fails_its_own_row(constraints: Constraints
     assert allowed.failed.tolist() == [2]
     constraints.advance(allowed, np.array([tokenizer.tokenize_str("z")[0], ids(allowed, 1)[0], 0]))
     assert ask(constraints, 0, 1, 2).failed.tolist() == [0, 2]
+
+
+def test_a_row_of_which_nothing_could_be_drawn_takes_no_other_along(constraints: Constraints) -> None:
+    """Its logits were not finite: it ends, and the rank makes the next masks of those beside it."""
+    constraints.admit(0, WORD, NOTHING)
+    constraints.admit(1, WORD, NOTHING)
+    allowed = ask(constraints, 0, 1)
+    beginning = ids(allowed)
+    constraints.advance(allowed, np.array([NO_TOKEN, next(token for token in beginning if token not in EOS)]))
+    after = ask(constraints, 0, 1)
+    assert ids(after) == beginning
+    assert ids(after, 1) != beginning
+    assert not len(after.failed)
 
 
 def test_without_a_tokenizer_a_row_fails_and_the_rank_goes_on(tmp_path: Path) -> None:

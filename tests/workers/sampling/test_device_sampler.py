@@ -28,6 +28,7 @@ from tests.workers.sampling.test_sampler import (
     random_requests,
 )
 from workers.kernels.sampling.record import WORDS
+from workers.sampling import logprobs
 from workers.sampling.logprobs import Logprobs
 from workers.sampling.sampler import Sampled
 
@@ -322,7 +323,7 @@ def test_log_probabilities_are_those_of_the_cpu() -> None:
     logits = torch.from_numpy(random_logits(1, 4, 70)[0]).float()
     driven = Driven(requests, 70, logits.dtype)
     tokens = torch.tensor(driven.sample(logits, starts(requests)), device=DEVICE)
-    measured = driven.sampler.measure(logits.to(DEVICE), tokens, driven.rows)
+    measured = driven.sampler.measure([(logits.to(DEVICE), tokens)], driven.rows)
     assert isinstance(measured, Logprobs)
     if CUDA:
         torch.cuda.synchronize()
@@ -335,7 +336,34 @@ def test_log_probabilities_are_those_of_the_cpu() -> None:
         assert entry.logprob == pytest.approx(want[row].logprob, abs=1e-5)
         assert entry.top_logprobs == pytest.approx(want[row].top_logprobs, abs=1e-5)
     nobody = Driven([Request(SamplingParams())], 70, logits.dtype)
-    assert nobody.sampler.measure(logits[:1].to(DEVICE), tokens[:1], nobody.rows) is None
+    assert nobody.sampler.measure([(logits[:1].to(DEVICE), tokens[:1])], nobody.rows) is None
+
+
+def test_log_probabilities_are_made_of_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what they take does not grow with the batch, and they are the same, of decodes and chunks."""
+    asked = [3, None, 0, 20, 1, 2, None, 5]
+    requests = [Request(SamplingParams(logprobs=count), seed=row) for row, count in enumerate(asked)]
+    logits = torch.from_numpy(random_logits(1, len(asked), 70)[0]).float().to(DEVICE)
+    driven = Driven(requests, 70, logits.dtype)
+    tokens = torch.tensor(driven.sample(logits, starts(requests)), device=DEVICE)
+    whole = driven.sampler.measure([(logits, tokens)], driven.rows)
+    widened, measure = list[int](), logprobs.measure
+
+    def note(comm: Any, some: Tensor, *others: Any) -> Tensor:
+        widened.append(len(some))
+        return measure(comm, some, *others)
+
+    monkeypatch.setattr(logprobs, "measure", note)
+    monkeypatch.setattr(logprobs, "MEASURED_AT_ONCE", 2)
+    parts = [(logits[:6], tokens[:6]), (logits[6:7], tokens[6:7]), (logits[7:], tokens[7:])]
+    found = driven.sampler.measure(parts, driven.rows)
+    assert widened == [2, 2, 1, 1]
+    if CUDA:
+        torch.cuda.synchronize()
+    assert whole is not None
+    assert found is not None
+    assert (found.indices, found.counts) == (whole.indices, whole.counts)
+    torch.testing.assert_close(found.numbers, whole.numbers)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
@@ -386,7 +414,7 @@ def test_in_a_graph_without_waiting_for_the_device() -> None:
             eager.sampler.sample(logits, rows, at, eager.table, other, eager.last)
             at = at + 1
             results.append((out.clone(), other.clone()))
-            eager.sampler.measure(logits, other, eager.rows)
+            eager.sampler.measure([(logits, other)], eager.rows)
         eager.admit(0, requests[-1])
     finally:
         torch.cuda.set_sync_debug_mode("default")

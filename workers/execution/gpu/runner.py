@@ -61,7 +61,7 @@ class StepPart:
     pooled: Tensor | None = None
 
     def drawn(self) -> tuple[Tensor, Tensor]:
-        return self.logits[: self.samples], self.out[: self.samples]
+        return self.logits[: self.samples], self.out[: self.samples].long()
 
 
 class Graphs(NamedTuple):
@@ -343,8 +343,7 @@ class GpuRunner:
             at += part.samples
         logprobs = None
         if self._sampler.measures(rows):
-            logits, tokens = (torch.cat(each) for each in zip(*(part.drawn() for part in parts), strict=True))
-            logprobs = self._sampler.measure(logits, tokens.long(), rows)
+            logprobs = self._sampler.measure([part.drawn() for part in parts], rows)
         copied = self._ring.used()
 
         def arrived() -> None:

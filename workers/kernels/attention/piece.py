@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from workers.kernels.attention.merge import merge_members, merge_row
 from workers.kernels.attention.pairs import attend_pairs
 from workers.kernels.attention.spans import attend_spans, first_peak, lowest_seen
+from workers.kernels.heads.finite import finite
 from workers.kernels.heads.fp8 import stored
 from workers.kernels.heads.rope import turned_heads
 
@@ -30,6 +31,8 @@ def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, 
     turned = turned.to(projected.dtype.element_ty)
     if key_scale is not None:
         turned, value = stored(turned, key_scale), stored(value, value_scale)
+    else:
+        value = finite(value)
     tl.store(at, turned, mask=inside)
     tl.store(at + KV_BLOCK * KV_HEADS * DIM, value, mask=inside)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from workers.kernels.heads.finite import finite
 from workers.kernels.heads.fp8 import stored
 from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.launch import enter, interpreted
@@ -105,6 +106,8 @@ def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, 
     if key_scale is not None:
         turned_low, turned_high = stored(turned_low, key_scale), stored(turned_high, key_scale)
         raw_low, raw_high = stored(raw_low, value_scale), stored(raw_high, value_scale)
+    else:
+        raw_low, raw_high = finite(raw_low), finite(raw_high)
     slot_at = slot // KV_BLOCK * block_stride + slot % KV_BLOCK * slot_stride
     key = keys + slot_at + (head[:, None] - HEADS) * DIM + at[None, :]
     tl.store(key, turned_low, mask=is_key[:, None] & inside)
@@ -129,7 +132,7 @@ def qk_norm_rope_write(
     awaited: Awaited | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """Turns the queries into `out` and writes the turned keys, and the values, to their slots of the pool.
+    """Turns the queries into `out` and writes the turned keys, and the values (`finite`), to their slots of the pool.
 
     qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; rows may lie apart. positions, slots [tokens] int32
     or int64; a slot is block * block_size + offset. keys, values [block, slot, kv_head, head_dim]: `KVPool.keys` and `values`

@@ -17,7 +17,8 @@ LARGEST = tl.constexpr(LARGEST_FP8)
 
 @triton.jit
 def store_rounded(wide, values, scales, token, padded, begin, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of a token from `begin` on, in float32, zeros beyond K: rounded, to where `Rounded` has them.
+    """BLOCK columns of a token from `begin` on, in float32, zeros beyond K: rounded, to where `Rounded` has them. NaN stays
+    NaN, and makes the token's products so.
 
     GROUP: K itself, where BLOCK has all of them, or a power of two that divides BLOCK.
     """
@@ -32,7 +33,7 @@ def store_rounded(wide, values, scales, token, padded, begin, K: tl.constexpr, G
         group = begin // GROUP + tl.arange(0, groups)
         tl.store(scales + group.to(tl.int64) * padded + token, scale, mask=group < K // GROUP)
         near = tl.reshape(parts * (1 / scale)[:, None], [BLOCK])
-    near = tl.minimum(tl.maximum(near, -LARGEST), LARGEST)
+    near = tl.clamp(near, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     at = begin + tl.arange(0, BLOCK)
     tl.store(values + token * K + at, near.to(values.dtype.element_ty), mask=at < K)
 

@@ -172,6 +172,7 @@ class FusedDecoder:
         hidden, normed = self._embed(tokens)
         live = self._live(slots)
         last = len(self._layers) - 1
+        of_wanted = None if rows is None or adapters is None else adapters.at(rows)  # early: kernels ask before they wait
         for number in self._numbers:
             layer = self._layers[number]
             projected, awaited = self._part(layer.qkv, normed, adapters)
@@ -182,7 +183,7 @@ class FusedDecoder:
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
                 live = None if live is None else live.index_select(0, rows)
-                adapters = adapters.at(rows) if adapters is not None else None
+                adapters = of_wanted
             mlp = layer.mlp.gate_up if isinstance(layer.mlp, SwiGLU) else None
             normed = self._add_norm(
                 hidden, *self._part(layer.o, attended, adapters), layer.mlp_norm.weight, self._rounding(mlp, hidden, adapters)

@@ -60,7 +60,7 @@ class _Paged:
         size, value_dim = self._heads[layer].even.key_dim, value.shape[-1]
         query, key, value = (F.pad(states, (0, size - states.shape[-1])) for states in (query, key, value))
         writer, targets, place = self._writes[layer]
-        writer.write(place, self._row(key), self._row(value), targets)
+        writer.write(place, self._row(key), self._row(value).nan_to_num(0.0), targets)  # why: `kernels.heads.finite`
         return self._attend(layer, query.contiguous(), sinks=sinks)[..., :value_dim]
 
     def _row(self, states: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class ReadingStore:
         self._slots = slots
         self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._stream: torch.cuda.Stream | None = None  # one for all: torch has 32, which others want as well
 
     def begin(self, load: int, slot: int, adapter: Adapter, read: OnRead) -> None:
         if self._thread is None:
@@ -66,7 +67,9 @@ class ReadingStore:
         if asked.launched is None:
             slots.fill(asked.slot, files)
             return
-        stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_event(asked.launched)  # steps under way may still read what was there
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.cuda.device(slots.device))

@@ -83,3 +83,24 @@ def test_equals_a_launch_of_its_own(
     torch.testing.assert_close(pools[1].data, pools[0].data, atol=tolerance, rtol=tolerance)
     changed = (pools[1].data != before).flatten(3).any(-1)  # [blocks, layers, 2, slots]
     assert changed[:, LAYER].sum() == 2 * live.sum()
+
+
+@pytest.mark.parametrize(("dtype", "device"), attention_cases("float16"))
+def test_what_has_run_over_ends_with_its_row(dtype: str, device: str) -> None:
+    """Its output is NaN; but of the values that it leaves in its block none stays so, which the next one may read."""
+    kind, dim, rows = getattr(torch, dtype), 32, 2
+    pool = KVPool(BlockLayout(BLOCK, 2, 1, dim, dtype), rows, device)
+    pool.data.zero_()
+    rotary = Rotary(Rope(theta=1e4), dim, POSITIONS, kind, torch.device(device))
+    projected = torch.ones(rows, 3 * dim, device=device).to(kind)
+    projected[1] = torch.nan
+    contexts = torch.tensor([3, 3], dtype=torch.int32, device=device)
+    attention = DecodeAttention(pool, 1, rows, SHORT)
+    attention.plan(contexts, rows)
+    out = torch.zeros(rows, 1, dim, dtype=kind, device=device)
+    tables = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+    attention.run(LAYER, projected, tables, out, HeadTurn(None, None, 1e-6, rotary.table))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    assert pool.values(LAYER).isfinite().all()
+    assert pool.keys(LAYER)[1, 2].isnan().all()

@@ -65,6 +65,29 @@ def test_equals_the_layers(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_value_stays_that_a_probability_of_zero_would_not_make_nought(device: str, dtype: torch.dtype) -> None:
+    """Whoever has the block next may read it so; keys, whose scores are replaced where they are not seen, stay NaN."""
+    dim, largest = 64, torch.finfo(dtype).max
+    pool = KVPool(BlockLayout(BLOCK, 3, 1, dim, NAMES[dtype]), BLOCKS, device)
+    pool.data.zero_()
+    rotary = Rotary(Rope(theta=1e4), dim, POSITIONS, dtype, torch.device(device))
+    qkv = torch.full((2, 3 * dim), torch.nan, device=device).to(dtype)
+    given = [torch.inf, -torch.inf, largest, -largest, 0.0, -1.5, torch.nan]
+    qkv[1, 2 * dim : 2 * dim + len(given)] = torch.tensor(given, device=device).to(dtype)
+    slots = torch.tensor([3, BLOCK + 1], device=device)
+    keys, values = pool.keys(LAYER), pool.values(LAYER)
+    qk_norm_rope_write(
+        qkv, HeadTurn(None, None, EPS, rotary.table), slots, slots, keys, values, 1, 1,
+        poisoned(2, 1, dim, dtype=dtype, device=device),
+    )  # fmt: skip
+    expected = torch.zeros(2, dim)
+    expected[1, : len(given)] = torch.tensor([largest, -largest, largest, -largest, 0.0, -1.5, 0.0])
+    assert torch.equal(values[slots // BLOCK, slots % BLOCK, 0].float().cpu(), expected)
+    assert keys[slots // BLOCK, slots % BLOCK].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_slots_beyond_two_to_the_31_numbers_in(device: str) -> None:
     """A pool's stride times a block number needs 64 bits. Blocks here share memory, so that the test needs little of it."""
     dim, block = 2, 3

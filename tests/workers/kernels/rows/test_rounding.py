@@ -55,6 +55,19 @@ def test_a_norm_is_rounded_but_once(device: str, dtype: torch.dtype, group: int)
     near(result, exact_norm(total, weight, EPS), group)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_nan_stays_nan(device: str, group: int) -> None:
+    """Else a sequence whose numbers have run over would go on with others instead of failing."""
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    x[0, 5], x[1, 7], x[2] = torch.nan, torch.inf, torch.nan
+    numbers = rounded(x, group).numbers(torch.float64)
+    assert numbers[0].isnan().nonzero().tolist() == [[5]]
+    assert numbers[1].isnan().sum() == group
+    assert numbers[2].isnan().all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("group", GROUPS)
 def test_swiglu(device: str, group: int) -> None:

@@ -83,6 +83,24 @@ def test_it_equals_the_plain_path(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
+def test_no_value_stays_that_is_not_finite(tmp_path: Path) -> None:
+    """As the kernels of Manta's own layers have it: `workers.kernels.heads.finite`."""
+    from workers.model.gpu.paged import PagedTransformers
+
+    path = make("llama", tmp_path / "llama")
+    config = read_transformers(path)
+    shape = config.shard(0, 1)
+    pool = KVPool(BlockLayout(BLOCK_SIZE, shape.layers, shape.kv_heads, shape.head_dim, "float32"), 1, "cpu")
+    pool.data.zero_()
+    decoder = load_transformers(path, config, Solo(), torch.float32, torch.device("cpu"), None, LENGTH)
+    attend = Attends(lambda layer, query, sinks: torch.full_like(query, torch.nan))  # noqa: ARG005
+    tokens = torch.tensor([7, 8], dtype=torch.int32)
+    PagedTransformers(decoder, pool).logits(tokens, tokens - 7, tokens - 7, attend)
+    assert pool.keys(0).isfinite().all()
+    assert pool.keys(shape.layers - 1)[0, :2].isnan().all()
+    assert pool.values(shape.layers - 1).isfinite().all()
+
+
 def test_what_kernels_do_not_compute(tmp_path: Path) -> None:
     path = make("gemma", tmp_path / "gemma", head_dim=520)
     config = EngineConfig(model=str(path))
