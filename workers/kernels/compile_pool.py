@@ -42,9 +42,9 @@ ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREA
 
 
 class CompilePool:
-    """As many processes as there are cores for one of `ranks` that this host has, at most `MOST`; none where that were less than
-    two. They start once, with this process's niceness and environment, when they are `expected` or when a first kernel is
-    missing, and end with `close`, or with this process. Any thread may call."""
+    """As many processes as there are cores for one of `ranks` on this host, at most `MOST`; none where that were less than two.
+    They start once, with this process's niceness and environment, when they are expected or a first kernel is missing, and end
+    with `close`, or with this process. Any thread may call."""
 
     def __init__(self, ranks: int = 1) -> None:
         share = len(os.sched_getaffinity(0)) // ranks
@@ -65,8 +65,8 @@ class CompilePool:
             self._start()
 
     def compile(self, told: Told) -> None:
-        """Returns when it is in the cache, or when it is clear that this process has to compile it: as it has the very first one
-        where nobody expected any, while the processes come up, so that a single one takes no longer than it did."""
+        """Returns when it is in the cache, or when it is clear that this process has to compile it: as it has the very first
+        one where nobody expected any, while the processes come up, so that a single one takes no longer than it did."""
         if self._start():
             return
         try:

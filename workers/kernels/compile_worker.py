@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile, make_backend
+from triton.compiler import ASTSource, compile
 from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-START_S, KERNEL_S = 120, 120
+START_S, KERNEL_S = 300, 300
 """A process that takes longer than this for its imports, or for one kernel, is ended by the system's clock, which no lock of
 Python's holds up: it outlives whoever has asked by no more than that."""
 

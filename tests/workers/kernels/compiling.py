@@ -1,9 +1,8 @@
-"""A process whose kernels are compiled by others, without a GPU: `test_ahead` runs it. It says what its own compiler has met."""
+"""A process whose kernels are compiled by others, without a GPU: `test_ahead` runs it. It says what its own compiler met."""
 
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ class Hopper:
     def get_current_device(self) -> int:
         return 0
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, _: int) -> int:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> None: ...
@@ -89,6 +88,8 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "apply": lambda: apply[(1,)](X, 2.5, None, FUNCTION=twice, DTYPE=tl.float32, PAIR=(1, 2), FLAG=True, num_warps=2),
     "hidden": lambda: hidden[(1,)](X),
     "fatal": lambda: deadly[(1,)](X),
+    "add more": lambda: add[(1,)](X, X, 5, BLOCK=32),
+    "apply more": lambda: apply[(1,)](X, 2.5, None, FUNCTION=twice, DTYPE=tl.float32, PAIR=(3, 4), FLAG=True),
 }
 
 
@@ -123,6 +124,11 @@ def main() -> None:
     says: dict[str, Any] = {"told": compiled(pool, "add", "apply", "hidden"), "again": compiled(pool, "add", "apply")}
     says["processes"] = processes(pool)
     says["dead"] = compiled(pool, "fatal")
-    says["imported"] = [name for name in ("ray", "torch", "transformers") if name in sys.modules]
+    pool.close()
+    says["left"] = [process for process in says["processes"] if Path(f"/proc/{process}").exists()]
+    unexpected = CompilePool()
+    unexpected.size = 2
+    says["unexpected"] = compiled(unexpected, "add more", "apply more")
+    says["processes"] += processes(unexpected)
     print(json.dumps(says), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -40,15 +40,21 @@ def test_what_others_compile_is_found(says: dict[str, Any]) -> None:
     """Under the same key, whatever its constants are."""
     assert says["told"] == {"add": True, "apply": True, "hidden": False}, "what is not found by name is compiled here"
     assert says["again"] == {"add": True, "apply": True}
-    assert says["imported"] == []
 
 
 def test_one_that_dies_is_done_without(says: dict[str, Any]) -> None:
     assert says["dead"] == {"fatal": False}
 
 
+def test_the_first_one_that_nobody_expected_is_compiled_here(says: dict[str, Any]) -> None:
+    """While the processes come up, so that one alone takes no longer for them."""
+    assert sorted(says["unexpected"].values()) == [False, True]
+
+
 def test_nothing_is_left_behind(says: dict[str, Any]) -> None:
-    assert len(says["processes"]) == 3
+    """By who closes, or is killed."""
+    assert says["left"] == []
+    assert len(says["processes"]) == 6
     deadline = time.monotonic() + 60
     while any(map(alive, says["processes"])):
         assert time.monotonic() < deadline
