@@ -82,7 +82,7 @@ def _provide(told: Told, options: Any, processes: CompilePool | None, compile_he
     if missing and processes is not None:
         processes.compile(told)
     kernel = compile_here()
-    if missing and kernel is not None:  # up to Triton 3.6 what launches it is C, compiled at the first launch if it is not here
+    if missing and kernel is not None:  # in Triton 3.6 what launches it is C, which the first launch would compile
         driver.active.launcher_cls(kernel.src, kernel.metadata)
     return missing
 
