@@ -34,9 +34,9 @@ FEW = 16
 END_S = 5.0
 
 PLACE = Path(__file__).resolve().parents[2]
-CODE = """import sys
-sys.path[:] = [{place!r}, *{path!r}]; import workers; sys.path[:] = {path!r}
-from workers.kernels.compile_worker import main; main({descriptors!r}, {modules!r})"""
+CODE = """import pickle, sys; place, path, told = pickle.load(sys.stdin.buffer)
+sys.path[:] = [place, *path]; import workers; sys.path[:] = path  # whatever else is called so there
+from workers.kernels.compile_worker import main; main(*told)"""
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """No device, and no threads, which a fork would lose."""
 
@@ -111,12 +111,14 @@ class CompilePool:
             pairs = [socket.socketpair() for _ in range(self.size)]
             modules = [name for name in sys.modules if name.startswith(f"{__package__}.")]
             descriptors = [theirs.fileno() for _, theirs in pairs]
-            code = CODE.format(place=str(PLACE), path=sys.path, descriptors=descriptors, modules=modules)
             try:
                 self._first = subprocess.Popen(
-                    [sys.executable, "-c", code], pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    [sys.executable, "-c", CODE], pass_fds=descriptors, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                     env=os.environ | ALONE | {"TRITON_CACHE_DIR": knobs.cache.dir},
                 )  # fmt: skip
+                assert self._first.stdin is not None
+                with self._first.stdin as told:
+                    pickle.dump((str(PLACE), sys.path, (descriptors, modules)), told)
             except OSError as error:
                 logger.warning("no processes to compile kernels: %s", error)
                 return False
