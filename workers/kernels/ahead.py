@@ -2,18 +2,32 @@
 
 A kernel is compiled when it is first launched, a second or two each, one after another: some forty of them are most of a cold
 start. Here the very code that will launch them runs once without launching, and each kernel that it would have launched is
-compiled by a thread of a pool; the compiler leaves Python's lock.
+given to a thread of a pool. The compiler holds Python's lock for most of its time, so a thread has a process compile it, where
+there are any (`compile_pool`), and then takes it from Triton's cache.
 """
 
+import hashlib
+import logging
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.compiler import make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from workers.kernels.compile_pool import CompilePool
+from workers.kernels.compile_worker import Told
+
+logger = logging.getLogger(__name__)
 
 MOST_THREADS = 16
 
@@ -21,30 +35,60 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
-def compiling_ahead() -> Iterator[None]:
+def compiling_ahead(processes: CompilePool | None = None) -> Iterator[None]:
     """Inside, launches of Triton kernels launch nothing and begin to compile what is missing; the end waits for all of it.
 
     What torch launches runs all the same, on whatever stands in the buffers. Launches of other threads are what they were; a
-    second thread that comes to compile waits for the first.
+    second thread that comes to compile waits for the first. processes: compile what threads of this one would.
     """
-    try:
-        from triton.runtime._async_compile import AsyncCompileMode
-    except ImportError:  # an older Triton compiles at the first launch
+    if knobs.runtime.interpret or not hasattr(JITFunction, "_do_compile"):  # an older Triton compiles at the first launch
         yield
         return
-    if knobs.runtime.interpret:
-        yield
-        return
-    threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
-    with _ONE_AT_A_TIME, ThreadPoolExecutor(threads, thread_name_prefix="manta-compile") as pool, AsyncCompileMode(pool):
-        launch, ours = JITFunction.run, threading.get_ident()
+    own = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
+    threads = processes.size if processes is not None and processes.size else own
+    begun: dict[tuple[Any, str], Future[bool]] = {}
+    with _ONE_AT_A_TIME, ThreadPoolExecutor(threads, thread_name_prefix="manta-compile") as pool:
+        launch, compile_now = JITFunction.run, JITFunction._do_compile
+        ours, begun_s = threading.get_ident(), time.monotonic()
 
-        def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def launch_nothing(self: Any, *args: Any, **kwargs: Any) -> Any:
             ahead = {"warmup": True} if threading.get_ident() == ours else {}
             return launch(self, *args, **kwargs | ahead)
 
-        JITFunction.run = compile_only
+        def compile_beside(
+            self: Any, key: str, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, warmup: bool
+        ) -> Any:  # fmt: skip
+            compile_here = partial(compile_now, self, key, signature, device, constexprs, options, attrs, warmup)
+            if threading.get_ident() != ours:
+                return compile_here()
+            if (self, key) not in begun:
+                told = Told(self, signature, constexprs, attrs, self.device_caches[device][2], options.__dict__)
+                begun[self, key] = pool.submit(_provide, told, options, processes, compile_here)
+            return None
+
+        JITFunction.run, JITFunction._do_compile = launch_nothing, compile_beside
         try:
             yield
         finally:
-            JITFunction.run = launch
+            JITFunction.run, JITFunction._do_compile = launch, compile_now
+    missing = sum(kernel.result() for kernel in begun.values())
+    if missing:
+        logger.info("%d kernels compiled in %.1f s, %d found", missing, time.monotonic() - begun_s, len(begun) - missing)
+
+
+def _provide(told: Told, options: Any, processes: CompilePool | None, compile_here: Callable[[], Any]) -> bool:
+    """Makes it one that can be launched; returns whether it was missing. options: as the backend has parsed them."""
+    missing = not _cached(told, options)
+    if missing and processes is not None:
+        processes.compile(told)
+    kernel = compile_here()
+    if missing and kernel is not None:  # in Triton 3.6 what launches it is C, which the first launch would compile
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return missing
+
+
+def _cached(told: Told, options: Any) -> bool:
+    """Whether `triton.compile` will find it."""
+    key = get_cache_key(told.source, make_backend(told.target), options, get_cache_invalidating_env_vars())
+    name = f"{told.source.name[:150]}.json"
+    return name in (get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name) or {})

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -208,13 +209,13 @@ def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", PoolSizes,
     """The same on a GPU. The blocks are for sequences: one more is where padding writes."""
     from workers.execution.gpu.parts import GpuParts  # Triton comes with it
 
-    parts = GpuParts(spec)
-    parts.load(partial(phase, LOADING))
-    phase(MEASURING, 0, 0)
-    memory = spec.config.kv_memory if spec.config.kv_memory is not None else parts.measure()
-    spare = sum(layout.block_bytes for layout in spec.layouts)
-    sizes = _agree_on_blocks(spec.comm, spec.sizes_in(memory - spare), spec.device)
-    return parts.runner(sizes, partial(phase, CAPTURING)), sizes, parts.lora
+    with closing(GpuParts(spec)) as parts:
+        parts.load(partial(phase, LOADING))
+        phase(MEASURING, 0, 0)
+        memory = spec.config.kv_memory if spec.config.kv_memory is not None else parts.measure()
+        spare = sum(layout.block_bytes for layout in spec.layouts)
+        sizes = _agree_on_blocks(spec.comm, spec.sizes_in(memory - spare), spec.device)
+        return parts.runner(sizes, partial(phase, CAPTURING)), sizes, parts.lora
 
 
 def _host_pools(spec: RunnerSpec, sizes: PoolSizes, phase: Phase) -> list[KVPool]:

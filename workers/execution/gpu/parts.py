@@ -21,6 +21,7 @@ from workers.execution.gpu.graphs import chunk_ladder, ladder
 from workers.execution.gpu.runner import Captured, GpuRunner, Narrow
 from workers.execution.spec import RunnerSpec
 from workers.kernels.ahead import compiling_ahead
+from workers.kernels.compile_pool import CompilePool
 from workers.loop.batch import NO_ADAPTER, ResidentBatch
 from workers.model.decoders.loading import load_decoder
 from workers.model.decoders.native import Decoder
@@ -40,7 +41,8 @@ MARGIN_BYTES = 256 << 20
 
 
 class GpuParts:
-    """One rank's model and sampler, from which runners over pools of different sizes are made: one to measure, one to serve."""
+    """One rank's model and sampler, from which runners over pools of different sizes are made: one to measure, one to serve.
+    To be closed when these are made."""
 
     def __init__(self, spec: RunnerSpec) -> None:
         config, comm = spec.config, spec.comm
@@ -50,6 +52,8 @@ class GpuParts:
         # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
         self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
         self._graphs = config.cuda_graphs and not self._threads
+        self._compiles = spec.device.type == "cuda" and not self._threads  # else interpreted, or none may wait for another
+        self._compilers = CompilePool(config.ranks)
         self._decoder: Decoder | TransformersDecoder | None = None
         self.lora: AdapterSlots | None = None
         """Where its adapters are; None where none are served, and before `load`."""
@@ -61,6 +65,8 @@ class GpuParts:
     def load(self, progress: Progress) -> None:
         """Errors: CheckpointError, torch's out-of-memory error."""
         spec = self._spec
+        if self._compiles:
+            self._compilers.expect()  # they come up while weights are read
         self._decoder = load_decoder(
             spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, progress, spec.resolved.max_model_len,
             spec.resolved.score_tokens,
@@ -94,11 +100,15 @@ class GpuParts:
             runner.capture(ladder(self._most), chunk_ladder(self._largest), captured)
         return runner
 
+    def close(self) -> None:
+        """Ends the processes that compile kernels."""
+        self._compilers.close()
+
     def _compile(self, runner: GpuRunner) -> None:
         """Whatever steps of all sizes launch. A second time it costs nothing."""
-        if self._spec.device.type != "cuda" or self._threads:
-            return  # interpreted; or of several threads, of which none may wait for another here
-        with compiling_ahead(), runner.representatives():
+        if not self._compiles:
+            return
+        with compiling_ahead(self._compilers), runner.representatives():
             for size in ladder(self._most):
                 runner.run_padding(size)
             for size in chunk_ladder(self._largest):
