@@ -78,12 +78,16 @@ def compiling_ahead(processes: CompilePool | None = None) -> Iterator[None]:
 
 def _provide(told: Told, options: Any, processes: CompilePool | None, compile_here: Callable[[], Any]) -> bool:
     """Makes it one that can be launched; returns whether it was missing. options: as the backend has parsed them."""
-    missing = not _cached(told, options)
-    if missing and processes is not None:
-        processes.compile(told)
-    kernel = compile_here()
-    if missing and kernel is not None:  # in Triton 3.6 what launches it is C, which the first launch would compile
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    try:
+        missing = not _cached(told, options)
+        if missing and processes is not None:
+            processes.compile(told)
+        kernel = compile_here()
+        if missing and kernel is not None:  # in Triton 3.6 what launches it is C, which the first launch would compile
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
+    except Exception:  # nothing of this is needed to launch it, which compiles it itself, and says what is wrong with it
+        logger.warning("a kernel could not be compiled ahead: %s", told.function, exc_info=True)
+        return True
     return missing
 
 
