@@ -217,7 +217,7 @@ def test_a_length_that_the_model_does_not_have(small: LLM) -> None:
         ({"stop_token_ids": (-5,)}, "stop_token_ids: token id -5 is outside the vocabulary"),
         ({"stop": ("x",)}, "stop strings need text, and this checkpoint has no tokenizer: use stop_token_ids"),
         ({"top_k": 2.5}, "top_k: expected `int`, got `float`"),
-        ({"top_k": "many"}, "top_k='many' is not a number: give one from 0 to inf"),
+        ({"top_k": "many"}, "top_k='many' is not a number: give one from 0 to 2147483647"),
         ({"temperature": None}, "temperature=None is not a number"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
