@@ -31,8 +31,8 @@ ADOPT_TIMEOUT_S = 10.0
 POLL_S = 0.25
 RESTART_PAUSE_S = 1.0
 HUNG_TIMES = 2.5
-"""Of `hung_after_s`: a scheduler that is replaced costs every request a pause, and one that says nothing all of them more."""
-"""Of silence, after which a scheduler is replaced. All that runs is begun again then, so it is given time to come back."""
+"""Of `hung_after_s`, for which a scheduler may say nothing. All that runs pauses where it is replaced, so it is given some time
+to come back."""
 
 
 @dataclass(frozen=True, slots=True)

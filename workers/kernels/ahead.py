@@ -20,7 +20,7 @@ from typing import Any
 from triton import knobs
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.compiler import make_backend
-from triton.runtime.cache import get_cache_key, get_cache_manager
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -34,6 +34,11 @@ MOST_THREADS = 16
 _ONE_AT_A_TIME = threading.Lock()
 
 
+def can_compile_ahead() -> bool:
+    """An older Triton, as 3.4, compiles at the first launch."""
+    return not knobs.runtime.interpret and hasattr(JITFunction, "_do_compile")
+
+
 @contextmanager
 def compiling_ahead(processes: CompilePool | None = None) -> Iterator[None]:
     """Inside, launches of Triton kernels launch nothing and begin to compile what is missing; the end waits for all of it.
@@ -41,7 +46,7 @@ def compiling_ahead(processes: CompilePool | None = None) -> Iterator[None]:
     What torch launches runs all the same, on whatever stands in the buffers. Launches of other threads are what they were; a
     second thread that comes to compile waits for the first. processes: compile what threads of this one would.
     """
-    if knobs.runtime.interpret or not hasattr(JITFunction, "_do_compile"):  # an older Triton compiles at the first launch
+    if not can_compile_ahead():
         yield
         return
     own = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
@@ -93,6 +98,8 @@ def _provide(told: Told, options: Any, processes: CompilePool | None, compile_he
 
 def _cached(told: Told, options: Any) -> bool:
     """Whether `triton.compile` will find it."""
+    from triton.runtime.cache import get_cache_key  # an older Triton, which never comes here, has none
+
     key = get_cache_key(told.source, make_backend(told.target), options, get_cache_invalidating_env_vars())
     name = f"{told.source.name[:150]}.json"
     return name in (get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name) or {})

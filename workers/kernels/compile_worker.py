@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -87,6 +86,8 @@ def main(descriptors: Iterable[int], modules: Iterable[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends whoever has asked, and so this
     for module in modules:
         importlib.import_module(module)
+    from triton.runtime.cache import triton_key  # an older Triton, for which nobody starts this, has none there
+
     triton_key()  # reads all of Triton, once
     gc.freeze()  # a collection would write to every page that is shared
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it ends when all that it has forked have

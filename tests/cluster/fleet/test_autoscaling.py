@@ -4,6 +4,7 @@ goes takes no request with it."""
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,10 @@ def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    with own_ray(8):
-        config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
-        opened = Fleet(config, plan(config))
-        try:
-            opened.start(lambda _: None)
-            yield opened
-        finally:
-            opened.close()
+    config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
+    with own_ray(8), closing(Fleet(config, plan(config))) as opened:
+        opened.start(lambda _: None)
+        yield opened
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import queue
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,13 @@ class Client:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    with own_ray(6):
-        config = EngineConfig(
-            model=str(TINY), groups=2, tensor_parallel_size=2, dtype="float32", block_size=16, kv_memory=32 << 20,
-            check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S, hung_after_s=120.0,
-        )  # fmt: skip
-        fleet = Fleet(config, plan(config))
-        try:
-            fleet.start(lambda _: None)
-            yield fleet
-        finally:
-            fleet.close()
+    config = EngineConfig(
+        model=str(TINY), groups=2, tensor_parallel_size=2, dtype="float32", block_size=16, kv_memory=32 << 20,
+        check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S, hung_after_s=120.0,
+    )  # fmt: skip
+    with own_ray(6), closing(Fleet(config, plan(config))) as opened:
+        opened.start(lambda _: None)
+        yield opened
 
 
 def groups_up(fleet: Fleet) -> int:

@@ -20,7 +20,7 @@ from workers.execution.gpu.device_batch import DeviceBatch
 from workers.execution.gpu.graphs import chunk_ladder, ladder
 from workers.execution.gpu.runner import Captured, GpuRunner, Narrow
 from workers.execution.spec import RunnerSpec
-from workers.kernels.ahead import compiling_ahead
+from workers.kernels.ahead import can_compile_ahead, compiling_ahead
 from workers.kernels.compile_pool import CompilePool
 from workers.loop.batch import NO_ADAPTER, ResidentBatch
 from workers.model.decoders.loading import load_decoder
@@ -52,7 +52,8 @@ class GpuParts:
         # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
         self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
         self._graphs = config.cuda_graphs and not self._threads
-        self._compiles = spec.device.type == "cuda" and not self._threads  # else interpreted, or none may wait for another
+        # Else interpreted, or of several threads, of which none may wait for another here.
+        self._compiles = spec.device.type == "cuda" and not self._threads and can_compile_ahead()
         self._compilers = CompilePool(config.ranks)
         self._decoder: Decoder | TransformersDecoder | None = None
         self.lora: AdapterSlots | None = None
