@@ -12,6 +12,7 @@ from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError
 from deploy.ray_serve_llm.builder import read_args
 from manta.serve.llm import LLMConfig, LLMServingArgs, ModelLoadingConfig, build_further_model, build_openai_app
 from tests.shared.hub import put_into_cache
+from tests.shared.sources import parsed
 from workers.model.config.fields import CheckpointError
 
 TINY = str(EMBEDDED_MODEL)
@@ -175,7 +176,7 @@ def test_rays_module_has_no_name_that_is_neither_here_nor_refused() -> None:
     source = Path(ray.serve.__file__).parent / "llm" / "__init__.py"  # cannot be imported without vLLM
     (exported,) = (
         ast.literal_eval(node.value)
-        for node in ast.parse(source.read_text()).body
+        for node in parsed(source).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
     )
     assert {*exported, "build_further_model"} == {*ours.__all__, *ours.NOT_HERE}

@@ -18,6 +18,7 @@ from deploy.ray_serve_llm.deployment import AUTOSCALING, DEPLOYMENT, INGRESS
 from deploy.ray_serve_llm.llm_config import MODEL, LLMConfig, ModelLoadingConfig
 from deploy.ray_serve_llm.placement import KINDS
 from deploy.ray_serve_llm.reading import Translation
+from tests.shared.sources import parsed
 
 FOLDER = "/models/Qwen3-8B"
 RAY_LLM = Path(ray.__file__).parent / "llm" / "_internal" / "serve" / "core"
@@ -223,7 +224,7 @@ def test_a_record_is_valid_from_its_birth() -> None:
 
 def fields_of(file: str, record: str) -> set[str]:
     """Of a pydantic model that cannot be imported without vLLM."""
-    tree = ast.parse((RAY_LLM / file).read_text())
+    tree = parsed(RAY_LLM / file)
     (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == record)
     named = {each.target.id for each in found.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)}
     return {name for name in named if not name.startswith("_") and name != "model_config"}

@@ -12,6 +12,7 @@ from cluster.config import EngineConfig
 from deploy.config.serve import ServeConfig
 from kvcache.layout import BlockLayout
 from scheduler.protocol.sampling import SamplingParams
+from tests.shared.sources import parsed
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy")
@@ -24,7 +25,7 @@ FIELDS = {"max_position_embeddings", "cache_salt", "prompt_token_ids", "guided_j
 def messages(room: str) -> Iterator[tuple[str, str]]:
     """(where, a text as it is written, with {} for what is put in) of every `raise`."""
     for file in sorted((REPOSITORY / room).rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Raise) and node.exc is not None:
                 where = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
                 texts = (part for part in ast.walk(node.exc) if isinstance(part, ast.Constant | ast.JoinedStr))
