@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROUNDING = 1e-6
-"""Between two log-probabilities that are the same: batches are summed in another order. Tokens must be equal."""
+"""Between two log-probabilities that are the same: batches are summed in another order. Tokens must be equal. In float64."""
 
 CONTINUED = (
     "def fibonacci(n):", "class Stack:", "import os\n", "for line in", "def main() -> None:\n", "    return ", "while True:\n",
@@ -63,19 +63,19 @@ class Answer:
     def whole(self) -> bool:
         return self.completion_tokens is not None and all(choice.finish_reason for choice in self.choices.values())
 
-    def departs_from(self, other: "Answer") -> str | None:
-        """In words; None if they are the same."""
+    def departs_from(self, other: "Answer", rounding: float = ROUNDING) -> str | None:
+        """In words; None if they are the same. rounding: between log-probabilities."""
         if self.choices.keys() != other.choices.keys():
             return f"choices {sorted(self.choices)} instead of {sorted(other.choices)}"
         if self.completion_tokens != other.completion_tokens:
             return f"usage says {self.completion_tokens} tokens instead of {other.completion_tokens}"
         for index, choice in self.choices.items():
-            if (apart := _apart(choice, other.choices[index])) is not None:
+            if (apart := _apart(choice, other.choices[index], rounding)) is not None:
                 return f"choice {index}: {apart}"
         return None
 
 
-def _apart(choice: Choice, other: Choice) -> str | None:
+def _apart(choice: Choice, other: Choice, rounding: float) -> str | None:
     if choice.text != other.text:
         at = next((at for at, (a, b) in enumerate(zip(choice.text, other.text, strict=False)) if a != b), -1)
         at = at if at >= 0 else min(len(choice.text), len(other.text))
@@ -86,14 +86,16 @@ def _apart(choice: Choice, other: Choice) -> str | None:
     if len(choice.logprobs) != len(other.logprobs):
         return f"{len(choice.logprobs)} tokens have log-probabilities instead of {len(other.logprobs)}"
     for at, (one, two) in enumerate(zip(choice.logprobs, other.logprobs, strict=True)):
-        if one[0] != two[0] or one[2].keys() != two[2].keys() or not _near(one, two):
+        if one[0] != two[0] or one[2].keys() != two[2].keys() or not _near(one, two, rounding):
             return f"log-probabilities of token {at} are {one} instead of {two}"
     return None
 
 
-def _near(one: tuple[str, float, Mapping[str, float]], two: tuple[str, float, Mapping[str, float]]) -> bool:
+def _near(
+    one: tuple[str, float, Mapping[str, float]], two: tuple[str, float, Mapping[str, float]], rounding: float
+) -> bool:
     pairs = [(one[1], two[1]), *((value, two[2][token]) for token, value in one[2].items())]
-    return all(math.isclose(a, b, abs_tol=ROUNDING) for a, b in pairs)
+    return all(math.isclose(a, b, abs_tol=rounding) for a, b in pairs)
 
 
 def _logprobs(told: Mapping[str, Any] | None) -> list[tuple[str, float, Mapping[str, float]]]:

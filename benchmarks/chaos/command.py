@@ -1,6 +1,7 @@
 """Declared faults at random moments against `manta serve`, whose every stream is compared with what it says undisturbed.
 
-An endpoint of 2 groups of 2 CPU ranks, 2 front ends and HAProxy, on a Ray of its own, with the example checkpoint in float64;
+An endpoint of 2 groups of 2 CPU ranks, 2 front ends and HAProxy, on a Ray of its own, with the example checkpoint in float64
+(with `--device cuda` in float32, of as many groups of one GPU as there are);
 so many clients ask all the time: chat and completions, greedy and sampled by seeds, some with log-probabilities, stop strings,
 two choices, penalties. Counted for each fault: streams that were lost, as their clients saw it, wrong and refused ones; seconds
 until there was output again, and until all that had been there was there again; in the end blocks, processes, memory.
@@ -20,10 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from benchmarks.chaos.faults import KINDS, LASTING, NODE, Fault, faults_of
 from benchmarks.chaos.report import as_json, held_table, incidents_table, troubles
 from benchmarks.chaos.roles import ROLES
-from benchmarks.chaos.run import Chaos
+from benchmarks.chaos.run import SHAPE, Chaos, Shape
 from benchmarks.shared.endpoint import ServingError
 from benchmarks.shared.options import positive
 
@@ -51,6 +54,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--faults", type=faults_of, default=USUAL, help="kind:role,... (every one but those of gcs and raylet)")
     parser.add_argument("--count", type=positive, help="faults in all (each once)")
     parser.add_argument("--seed", type=int, default=0, help="of faults, moments and requests (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ranks (%(default)s)")
     parser.add_argument("--streams", type=positive, default=24, help="clients, each with a stream under way (%(default)s)")
     parser.add_argument(
         "--patience-s", type=float, default=180.0, help="after which an endpoint is taken not to come back (%(default)s)"
@@ -66,7 +70,10 @@ def main() -> None:
     options = parse_options()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell: the endpoint would ignore it, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    chaos = Chaos(TINY, options.log, streams=options.streams, seed=options.seed, patience_s=options.patience_s)
+    shape = SHAPE if options.device == "cpu" else Shape(groups=torch.cuda.device_count(), ranks=1, device="cuda")
+    chaos = Chaos(
+        TINY, options.log, streams=options.streams, seed=options.seed, patience_s=options.patience_s, shape=shape
+    )
     with tempfile.TemporaryDirectory(prefix="mc-", ignore_cleanup_errors=True) as folder:  # short: sockets' paths begin with it
         os.environ["RAY_TMPDIR"] = folder
         try:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.chaos.asks import Answer, Ask
+from benchmarks.chaos.asks import ROUNDING, Answer, Ask
 from benchmarks.chaos.faults import Fault
 
 SAMPLES = 20
@@ -56,10 +56,12 @@ class Incident:
 
 
 class Ledger:
-    """expected: the answer to each ask, by its number, if nothing happens; None while these are gathered."""
+    """expected: the answer to each ask, by its number, if nothing happens; None while these are gathered. rounding: between
+    their log-probabilities."""
 
-    def __init__(self, expected: Mapping[int, Answer] | None = None) -> None:
+    def __init__(self, expected: Mapping[int, Answer] | None = None, rounding: float = ROUNDING) -> None:
         self.expected = expected
+        self._rounding = rounding
         self.gathered: dict[int, Answer] = {}
         self.samples: list[str] = []
         self._lock = threading.Lock()
@@ -135,7 +137,7 @@ class Ledger:
             self.incidents[-1].answered += 1
             if self.expected is None:
                 self.gathered[ask.number] = answer
-            elif (apart := answer.departs_from(self.expected[ask.number])) is not None:
+            elif (apart := answer.departs_from(self.expected[ask.number], self._rounding)) is not None:
                 self.incidents[-1].wrong += 1
                 if len(self.samples) < SAMPLES:
                     self.samples.append(f"{self.incidents[-1].fault}: ask {ask.number}: {apart}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
-from benchmarks.chaos.asks import Answer, Ask, mixed
+from benchmarks.chaos.asks import ROUNDING, Answer, Ask, mixed
 from benchmarks.chaos.clients import Clients, undisturbed
 from benchmarks.chaos.faults import Fault, inflict, resume
 from benchmarks.chaos.ledger import Incident, Ledger
@@ -25,8 +25,12 @@ from benchmarks.chaos.roles import census, holders
 from benchmarks.shared.endpoint import Endpoint, ServingError, serving
 from benchmarks.shared.processes import Process, alive, held_by
 
-FLAGS = ("--haproxy", "--threads", "1", "--dtype", "float64", "--kv-memory", "64MiB")
-"""float64, so that an answer does not depend on what else was in its batches."""
+FLAGS = ("--haproxy", "--kv-memory", "64MiB")
+FLAGS_ON = {"cpu": ("--threads", "1", "--dtype", "float64"), "cuda": ("--dtype", "float32")}
+"""By device. float64, so that an answer does not depend on what else was in its batches; on a GPU, which has no kernels for
+it, float32, whose log-probabilities do."""
+
+ROUNDING_ON = {"cpu": ROUNDING, "cuda": 1e-3}
 
 POLL_S, ASK_TIMEOUT_S = 0.25, 5.0
 STEADY_POLLS = 12
@@ -41,16 +45,17 @@ LAST_WATCH_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large an endpoint is. ranks: of a group. replicas: front ends."""
+    """How large an endpoint is, and on what. ranks: of a group. replicas: front ends."""
 
     groups: int = 2
     ranks: int = 2
     replicas: int = 2
+    device: str = "cpu"
 
     @property
     def flags(self) -> list[str]:
         named = {"groups": self.groups, "tensor-parallel-size": self.ranks, "replicas": self.replicas}
-        return [word for name, number in named.items() for word in (f"--{name}", str(number))]
+        return ["--device", self.device, *(word for name, number in named.items() for word in (f"--{name}", str(number)))]
 
 
 SHAPE = Shape()
@@ -88,8 +93,11 @@ class Result:
 class Chaos:
     """log: of the endpoints, which get a number each before its suffix. RAY_TMPDIR is where their Rays have their folders."""
 
-    def __init__(self, model: Path, log: Path, *, streams: int, seed: int, patience_s: float) -> None:
+    def __init__(
+        self, model: Path, log: Path, *, streams: int, seed: int, patience_s: float, shape: Shape = SHAPE
+    ) -> None:
         self._model = model
+        self._shape = shape
         self._log = log
         self._streams = streams
         self._seed = seed
@@ -106,7 +114,7 @@ class Chaos:
         plan = in_turns(faults, count, self._draw)
         while plan:
             log = self._log.with_suffix(f".{next(self._lives)}.log")
-            with serving(self._model, [*FLAGS, *SHAPE.flags], log) as endpoint:
+            with serving(self._model, [*FLAGS, *FLAGS_ON[self._shape.device], *self._shape.flags], log) as endpoint:
                 self._one_life(endpoint, plan, log)
         return self.result
 
@@ -116,7 +124,7 @@ class Chaos:
         if not self._expected:
             self._expected = undisturbed(endpoint.address, self._asks, self._streams)
             _say(f"{len(self._asks)} answers as they are undisturbed")
-        ledger = Ledger(self._expected)
+        ledger = Ledger(self._expected, ROUNDING_ON[self._shape.device])
         whole = True
         self.result.began, self.result.ended = Held.by(endpoint), None
         try:
@@ -149,12 +157,12 @@ class Chaos:
             inflict(fault, victims, self._draw)
             gone = set(victims) if fault.replaces else set()
             patience_s = LAST_WATCH_S if fault.ends_all else self._patience_s
-            whole_s = _until(lambda: missing(endpoint, SHAPE, before, gone) is None, patience_s, STEADY_POLLS)
+            whole_s = _until(lambda: missing(endpoint, self._shape, before, gone) is None, patience_s, STEADY_POLLS)
             if whole_s is not None:
                 incident.whole_s = whole_s - incident.at_s
                 whole_s = _until(lambda: ledger.flowing(self._streams), self._patience_s)
             if whole_s is None:
-                incident.missing = missing(endpoint, SHAPE, before, gone) or "output for every client"
+                incident.missing = missing(endpoint, self._shape, before, gone) or "output for every client"
         finally:
             resume(victims)
         ledger.end()
