@@ -25,6 +25,7 @@ SILENT_S = 180.0
 AGAIN_S = 0.5
 """Before a client asks again where nobody has said when."""
 
+CANCEL_AGAIN_S = 1.0
 JOIN_TIMEOUT_S = 60.0
 
 
@@ -81,11 +82,14 @@ class Clients:
         async with http_to(self._address) as http:
             clients = [asyncio.create_task(self._client(http, number)) for number in range(self._count)]
             await self._ending.wait()
+            under_way = set(clients)
+            while under_way:  # again: what a connection raises as it closes may take a cancellation's place
+                for client in under_way:
+                    client.cancel()
+                _, under_way = await asyncio.wait(under_way, timeout=CANCEL_AGAIN_S)
             for client in clients:
-                client.cancel()
-            for ended in await asyncio.gather(*clients, return_exceptions=True):
-                if isinstance(ended, Exception):
-                    raise ended
+                if not client.cancelled() and (error := client.exception()) is not None:
+                    raise error
 
     async def _client(self, http: httpx.AsyncClient, client: int) -> None:
         draw = random.Random(self._seed << 16 | client)

@@ -415,7 +415,7 @@ def test_in_a_graph_without_waiting_for_the_device() -> None:
             at = at + 1
             results.append((out.clone(), other.clone()))
             eager.sampler.measure([(logits, other)], eager.rows)
-        eager.admit(0, requests[-1])
+        eager.sampler.admit(0, **requests[-1].admission())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in results:

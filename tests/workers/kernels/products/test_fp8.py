@@ -75,9 +75,11 @@ def test_rows_that_do_not_fill_a_tile(device: str, form: str) -> None:
     close(matvec(x, weight, config=CONFIGS["all of K at once"]), expected, DTYPE)
 
 
-def test_programs_count_themselves() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_programs_count_themselves(device: str) -> None:
+    x, weight = torch.randn(3, K, device=device), made("rows", N, device)
     with pytest.raises(ValueError, match="give 2 counters"):
-        matvec(torch.randn(3, K), made("rows", N, "cpu"), config=CONFIGS["K among programs"], counters=torch.zeros(1))
+        matvec(x, weight, config=CONFIGS["K among programs"], counters=torch.zeros(1, device=device))
 
 
 @pytest.mark.parametrize(
