@@ -33,6 +33,9 @@ REACH_TIMEOUT_S = 60.0
 
 GIVE_UP_POLL_S = 0.25
 
+LOT_TOKENS = 8192
+"""Of the prompts that the engine is told at once: a call with many begins to be computed while the rest is on its way."""
+
 
 class FrontEnd:
     """The requests of this process on one engine. Every method may be called from any thread.
@@ -82,22 +85,23 @@ class FrontEnd:
             self._next_stream += sum(prompt.params.n for prompt in prompts)
         now_s, block_size = time.monotonic(), self.engine.block_size
         generations: list[Generation] = []
-        live: dict[int, Generation] = {}
-        for number, prompt in enumerate(prompts):
-            before = told[number] if told else ()
-            had = tuple(Had(each.tokens, each.check) for each in before)
-            submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s, had)
-            generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, before))
-            live |= dict.fromkeys(range(stream, stream := stream + prompt.params.n), generations[-1])
-        with self._lock:
-            if self._lost is not None:
-                raise EngineError(self._lost)
-            self._live.update(live)
-            if self._up:
-                self._send(generations)
-            else:  # `_resume` submits them
-                for generation in generations:
-                    generation.submission.wait()
+        lot: list[Generation] = []
+        tokens = 0
+        try:
+            for number, prompt in enumerate(prompts):
+                before = told[number] if told else ()
+                had = tuple(Had(each.tokens, each.check) for each in before)
+                submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s, had)
+                lot.append(Generation(submission, prompt, self._tokenizer, notify, each_token, before))
+                stream += prompt.params.n
+                tokens += len(prompt.token_ids)
+                if tokens >= LOT_TOKENS or number == len(prompts) - 1:
+                    generations += lot
+                    self._begin(lot)
+                    lot, tokens = [], 0
+        except BaseException:
+            self.abort(generations)
+            raise
         return generations
 
     def abort(self, generations: Iterable[Generation]) -> None:
@@ -122,16 +126,20 @@ class FrontEnd:
         if self._connection.close() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
 
-    def _send(self, generations: Sequence[Generation]) -> None:
-        """For the first time. The lock is held, so that nobody resumes them meanwhile. Errors: as the engine's, and they are
-        forgotten; none if it was lost just now, which the thread is told next."""
-        try:
-            self.engine.submit([generation.submission.request for generation in generations])
-        except EngineError:
-            pass
-        except BaseException:
-            self._forget(generations)
-            raise
+    def _begin(self, lot: Sequence[Generation]) -> None:
+        """Submits them for the first time, or has them wait for the scheduler that is to come. Errors: as `submit`'s, and
+        ValueError for what cannot be sent."""
+        with self._lock:  # so that nobody resumes them meanwhile
+            if self._lost is not None:
+                raise EngineError(self._lost)
+            for generation in lot:
+                self._live.update(dict.fromkeys(generation.streams, generation))
+            if self._up:
+                with contextlib.suppress(EngineError):  # it was lost just now, which the thread is told next
+                    self.engine.submit([generation.submission.request for generation in lot])
+            else:  # `_resume` submits them
+                for generation in lot:
+                    generation.submission.wait()
 
     def _forget(self, generations: Iterable[Generation]) -> list[int]:
         with self._lock:

@@ -227,7 +227,10 @@ def label(source: Source) -> str:
 
 def _ids(given: Any) -> list[int]:
     try:
-        if bool in set(map(type, given)):
+        types = set(map(type, given))
+        if types == {int}:
+            return list(given)
+        if bool in types:
             raise TypeError("a truth value is no token id")
         return [index(token) for token in given]
     except TypeError as error:

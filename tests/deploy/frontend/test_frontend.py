@@ -419,3 +419,47 @@ def test_a_front_end_that_fails_tells_its_callers(lasting: Host, monkeypatch: py
     monkeypatch.setattr(Generation, "requests", lambda *_: 1 / 0)
     lasting.engine.on_failure("the scheduler has gone")
     assert outcome(waits).error == "the front end failed: division by zero"
+
+
+# ---- many prompts of one call ----
+
+
+class InLots(Listening):
+    """Notes what it is told at once. refuses: a prompt's first token that cannot be sent."""
+
+    def __init__(self, refuses: int = -1) -> None:
+        super().__init__()
+        self.lots: list[list[int]] = []
+        self.refuses = refuses
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        if any(np.frombuffer(request.tokens, "<i4")[0] == self.refuses for request in requests):
+            raise ValueError("it cannot be sent")
+        self.lots.append([request.stream for request in requests])
+        super().submit(requests)
+
+
+def test_many_prompts_begin_before_the_last_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.frontend.frontend.LOT_TOKENS", 10)
+    engine = InLots()
+    front_end = FrontEnd(engine.start, LIMITS, None)
+    params = SamplingParams(max_tokens=8)
+    prompts = [Prompt([token] * length, params) for token, length in enumerate((4, 4, 4, 12, 3, 1), start=1)]
+    generations = front_end.submit(prompts, lambda _: None)
+    assert engine.lots == [[0, 1, 2], [3], [4, 5]]
+    assert [generation.stream for generation in generations] == list(range(6))
+    assert [request.tokens for request in engine.requests] == [np.array(each.token_ids, "<i4").tobytes() for each in prompts]
+    front_end.close()
+
+
+def test_of_a_call_that_cannot_be_sent_as_a_whole_nothing_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.frontend.frontend.LOT_TOKENS", 1)
+    engine = InLots(refuses=3)
+    front_end = FrontEnd(engine.start, LIMITS, None)
+    with pytest.raises(ValueError, match="it cannot be sent"):
+        front_end.submit([Prompt([token], SamplingParams(max_tokens=8)) for token in (1, 2, 3, 4)], lambda _: None)
+    assert engine.lots == [[0], [1]]
+    assert {0, 1} <= set(engine.aborted)
+    [generation] = front_end.submit([Prompt([5], SamplingParams(max_tokens=8))], lambda _: None)
+    assert generation.stream == 4, "a stream's number is nobody else's"
+    front_end.close()
