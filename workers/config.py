@@ -185,7 +185,7 @@ class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
         "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1.",
         OptionRule(lambda share: 0.0 < share <= 1.0, "is outside (0, 1]: try 0.9"),
     )
-    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", at_least(1), shown="the model's own")
+    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", at_least(2), shown="the model's own")
     attention: str = option("auto", f"Attention kernels: {', '.join(ATTENTION_BACKENDS)}.", one_of(ATTENTION_BACKENDS))
     threads: int | None = option(
         None, "CPU threads of each rank.", at_least(1), shown="all cores for a single local rank, otherwise 1"

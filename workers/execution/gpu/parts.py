@@ -176,7 +176,7 @@ class GpuParts:
         )
         left, block = max(2, tokens), 0
         for row in range(config.max_num_seqs):
-            length = min(left, max_model_len - 1)
+            length = min(left, max(2, max_model_len - 1))
             if length < 2:
                 break  # a single token were a decode
             blocks = self._spec.layout.blocks_for(length)

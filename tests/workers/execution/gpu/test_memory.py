@@ -86,6 +86,16 @@ def test_a_small_pool_is_not_written_beyond(config: WorkerConfig) -> None:
     assert torch.isnan(runner.pool.data[1]).all(), "the block for padding"
 
 
+def test_a_model_of_two_tokens_is_measured_as_well(config: WorkerConfig) -> None:
+    """Its prompts are of one, which were a decode: a little more than any step has, rather than nothing."""
+    made, _ = parts(config, max_model_len=2)
+    made.load(lambda *_: None)
+    runner = made._make(PoolSizes(4))
+    runner.pool.data.fill_(float("nan"))
+    made._run_largest_step(runner)
+    assert not torch.isnan(runner.pool.data[:3, :, :, :2]).any(), "a prompt in each row"
+
+
 @dataclass
 class Device:
     """A GPU as torch tells of it, while `graphs` are captured."""
