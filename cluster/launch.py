@@ -6,6 +6,7 @@ Imports ray, `fleet`, `autoscale`, `join` and `remote`. The other side of `clust
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ray
 
@@ -50,17 +51,19 @@ def plan(config: EngineConfig, threads: int = 1) -> ResolvedWorker:
     if device == "auto":
         device = "cuda" if config.accelerator_type or ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
     resolved = resolve(config, device, threads)
-    _check_resources(config, rank_resources(config, resolved))
-    return resolved
+    on_a_node = _check_resources(config, rank_resources(config, resolved))
+    return replace(resolved, host_ranks=min(config.groups, max(1, on_a_node)) * config.tensor_parallel_size)
 
 
-def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> None:
-    """Errors: EngineError that says what is missing, instead of waiting for a node that may never come."""
+def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> int:
+    """Returns how many groups have room on one node at most. Errors: EngineError that says what is missing, instead of waiting
+    for a node that may never come."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(
+    places_of = [
         int(min(node.get(name, 0) // (amount * config.tensor_parallel_size) for name, amount in per_rank.items()))
         for node in nodes
-    )
+    ]
+    places = sum(places_of)
     if places < config.groups and config.max_groups is None:  # an autoscaler may bring nodes
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in per_rank.items())
         found = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in per_rank) for node in nodes)
@@ -69,6 +72,7 @@ def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> None:
             f"node; the cluster's nodes have {found}: room for {places} group(s). Lower groups, tensor_parallel_size or "
             "threads, or add nodes"
         )
+    return max(places_of, default=0)
 
 
 class RayEngine:

@@ -212,7 +212,8 @@ class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
 @dataclass(frozen=True, slots=True)
 class ResolvedWorker(Resolved):
     """The same for a rank. device: "cpu" or "cuda". threads: of a CPU rank. report_steps, report_hold_s: as in `Reporter`.
-    depth: steps under way while the host plans the next. score_tokens: as in `workers.model.pooling.Uses`."""
+    depth: steps under way while the host plans the next. score_tokens: as in `workers.model.pooling.Uses`. host_ranks: that may
+    share a host, which is shared out among them."""
 
     device: str = "cpu"
     threads: int = 1
@@ -220,6 +221,7 @@ class ResolvedWorker(Resolved):
     report_hold_s: float = math.inf
     depth: int = 0
     score_tokens: tuple[int, int] | None = None
+    host_ranks: int = 1
 
 
 def _parted(pair: str) -> tuple[str, str]:

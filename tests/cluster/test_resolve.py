@@ -91,6 +91,23 @@ def test_gpus_of_another_kind_are_no_room(monkeypatch: pytest.MonkeyPatch) -> No
         plan(EngineConfig(model=TINY, accelerator_type="H100"))
 
 
+@pytest.mark.parametrize(
+    ("options", "hosts", "ranks"),
+    [
+        ({"groups": 6}, [8.0, 2.0, 1.0], 6), ({"groups": 11}, [8.0, 2.0, 1.0], 8),
+        ({"groups": 4, "tensor_parallel_size": 2}, [5.0, 5.0], 4), ({"max_groups": 3}, [0.0], 1),
+    ],
+)  # fmt: skip
+def test_a_host_is_shared_out_among_the_ranks_that_it_has_room_for(
+    options: dict[str, Any], hosts: list[float], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cores, processes that compile, and memory: those of other hosts take nothing of it."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": gpus, "CPU": 64.0}} for gpus in hosts])
+    config = EngineConfig(model=TINY, device="cuda", **options)
+    assert plan(config).host_ranks == ranks
+    assert resolve(config, "cuda").host_ranks == config.ranks, "of one host, where nothing else is known"
+
+
 @pytest.mark.parametrize(("options", "other"), [({"device": "cpu"}, "device=cpu"), ({"local": True}, "local")])
 def test_a_kind_of_gpu_goes_with_gpus_on_ray(options: dict[str, Any], other: str) -> None:
     with pytest.raises(ValueError, match=f"accelerator_type=H100 is a kind of GPU, and {other}"):

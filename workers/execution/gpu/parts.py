@@ -54,7 +54,7 @@ class GpuParts:
         self._graphs = config.cuda_graphs and not self._threads
         # Else interpreted, or of several threads, of which none may wait for another here.
         self._compiles = spec.device.type == "cuda" and not self._threads and can_compile_ahead()
-        self._compilers = CompilePool(config.ranks)
+        self._compilers = CompilePool(spec.resolved.host_ranks)
         self._decoder: Decoder | TransformersDecoder | None = None
         self.lora: AdapterSlots | None = None
         """Where its adapters are; None where none are served, and before `load`."""
