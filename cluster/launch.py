@@ -13,6 +13,7 @@ import ray
 from cluster.config import EngineConfig, own_threads
 from cluster.ending import Ending
 from cluster.engine import EngineError, EngineLost, EngineStats, OnDeltas, OnFailure, Progress
+from cluster.fleet.adoption import settled_for_groups, settled_for_scheduler
 from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.group import rank_resources
@@ -20,6 +21,7 @@ from cluster.join import connect_ray
 from cluster.remote import SchedulerStream
 from cluster.resolve import resolve
 from scheduler.protocol.messages import Request, TalliedMetric
+from scheduler.protocol.orphans import Estate
 from workers.config import ResolvedWorker
 
 logger = logging.getLogger(__name__)
@@ -42,11 +44,25 @@ def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailur
     return engine
 
 
-def plan(config: EngineConfig, threads: int = 1) -> ResolvedWorker:
-    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank.
+def plan(config: EngineConfig, threads: int = 1, estate: Estate | None = None) -> ResolvedWorker:
+    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank. estate: what runs
+    of it goes on, and whoever joins it, by what was settled when it began, whatever node has gone since.
 
     Errors: CheckpointError, ValueError; EngineError if the cluster has no room.
     """
+    settled = settled_for_scheduler(estate) if estate is not None else None
+    if settled is not None:
+        return settled
+    try:
+        return _settle(config, threads)
+    except EngineError:
+        settled = settled_for_groups(estate) if estate is not None else None
+        if settled is None:
+            raise
+        return settled
+
+
+def _settle(config: EngineConfig, threads: int) -> ResolvedWorker:
     device = config.device
     if device == "auto":
         device = "cuda" if config.accelerator_type or ray.cluster_resources().get("GPU", 0) > 0 else "cpu"

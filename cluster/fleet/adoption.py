@@ -5,6 +5,7 @@ Imports ray, `ownership`, `group` and `scheduler_keeper`. A `Fleet` keeps what i
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,10 +13,12 @@ import ray
 
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.ownership.owner import Owner
-from cluster.fleet.ownership.remains import Found, Remains, actor_of, end, end_group, find
+from cluster.fleet.ownership.remains import Found, Remains, actor_of, end, end_group, find, latest_scheduler
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
+from scheduler.protocol.orphans import Estate
 from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats
+from workers.config import ResolvedWorker
 from workers.process.actor import GroupHandover
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,32 @@ class Adopted:
 
     def has(self, group: int) -> bool:
         return any(handle.group == group for handle in (*self.groups, *self.begun))
+
+
+def settled_for_scheduler(estate: Estate) -> ResolvedWorker | None:
+    """What the scheduler of an estate was told; None if there is none, or it does not answer."""
+    scheduler = latest_scheduler(estate.namespace, estate.version)
+    with contextlib.suppress(ray.exceptions.RayError):
+        if scheduler is not None:
+            told: ResolvedWorker = ray.get(scheduler.told.remote(), timeout=ASK_TIMEOUT_S).resolved
+            return told
+    return None
+
+
+def settled_for_groups(estate: Estate) -> ResolvedWorker | None:
+    """What its groups were told; None if no leader of theirs answers."""
+    asked = []
+    for remains in find(estate.namespace).get(estate.version, Found()).groups.values():
+        with contextlib.suppress(ValueError, KeyError):  # its leader has died
+            asked.append(actor_of(estate.namespace, remains.ranks[0]).told.remote())
+    deadline = time.monotonic() + ASK_TIMEOUT_S
+    while asked and (left_s := deadline - time.monotonic()) > 0:
+        answered, asked = ray.wait(asked, num_returns=1, timeout=left_s)
+        with contextlib.suppress(ray.exceptions.RayError):
+            for answer in answered:
+                told: ResolvedWorker = ray.get(answer)
+                return told
+    return None
 
 
 def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -> Adopted:

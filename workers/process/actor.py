@@ -26,7 +26,7 @@ REMOVAL_S = 10.0
 """For Ray to end this process with its placement group, before it ends itself."""
 
 CALLS = 12
-"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `hold_on`, `keep` and `ended`; likewise those of an owner
+"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `told`, `hold_on`, `keep` and `ended`; likewise those of an owner
 that was cut off."""
 
 
@@ -60,6 +60,7 @@ class WorkerActor:
         entered(epoch)
         from workers.process.life import RankLife
 
+        self._resolved = resolved
         self._end: Future[str] = Future()
         self._token = ""
         self._placement = get_current_placement_group()
@@ -121,6 +122,10 @@ class WorkerActor:
         """For whoever has not called `run` himself: waits for its end. What it has returned or raised; None while it runs."""
         wait([self._end], timeout_s)
         return self._end.result() if self._end.done() else None
+
+    def told(self) -> ResolvedWorker:
+        """What was settled when its group began."""
+        return self._resolved
 
     def keep(self) -> None:
         """An owner lives."""

@@ -71,7 +71,7 @@ class EngineReplica:
         self._autoscaler: Autoscaler | None = None
         self._application = serve.get_replica_context().app_name
         self._estate = estate_of(self._application, version, engine)
-        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, self._estate)
+        self._fleet = Fleet(engine, plan(engine, threads, self._estate), self._fail, limits, limits.log_format, self._estate)
         self._roll: Roll | None = None
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
