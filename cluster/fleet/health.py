@@ -34,7 +34,7 @@ class GroupKeeper:
     `restarts` says. When the scheduler dies its ranks go on for the next one; should they not, they start again for free.
 
     added: nobody asks `up` for the error of the first start. on_gone: called once, from the keeper's thread, when such a group
-    has not come up: it is not tried again.
+    has not come up: it is not tried again. again: others serve, so its first start is tried again as any other is.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class GroupKeeper:
         start_timeout_s: float,
         on_gone: Callable[[int, str], None],
         added: bool = False,
+        again: bool = False,
     ) -> None:
         self.group = group
         self._new_handle = new_handle
@@ -55,7 +56,9 @@ class GroupKeeper:
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
         self._on_gone = on_gone
-        self._added = added
+        self._added, self._tries_again = added, again
+        self.delayed = False
+        """Its first start has failed, and is tried again."""
         self._handle = new_handle(epoch)
         self._scheduler_epoch = -1 if self._handle.waits else scheduler.epoch  # of the scheduler that this life serves
         self._closing = threading.Event()
@@ -75,8 +78,8 @@ class GroupKeeper:
 
     @property
     def waits_for_room(self) -> bool:
-        """Whether its first start has found no place yet."""
-        return not self._decided.is_set() and not self._handle.placed
+        """Whether its start has found no place yet."""
+        return self._error is None and not self._handle.placed
 
     def start(self) -> None:
         self._thread.start()
@@ -107,18 +110,23 @@ class GroupKeeper:
     # ---- the thread
 
     def _keep(self) -> None:
+        reason: str | None = None
         try:
             if not self._handle.adopted:
                 if not self._added:  # the scheduler itself is only starting
                     self._handle.place(time.monotonic() + self._start_timeout_s)
                 self._bring_up(self._scheduler.expect(self.group))
         except BaseException as error:
-            self._error = error
+            if self._tries_again and isinstance(error, Exception) and not self._closing.is_set():
+                reason, self.delayed = f"group {self.group} did not come up: {error}", True
+            else:
+                self._error = error
         self._decided.set()
         if self._added and self._error is not None and not self._closing.is_set():
             logger.error("group %d did not come up: %s", self.group, self._error)
             self._give_up(f"group {self.group} did not come up: {self._error}")
-        reason = self._watch() if self._error is None else None
+        if reason is None and self._error is None:
+            reason = self._watch()
         while reason is not None:
             self._handle.kill()
             reason = self._again(reason)
