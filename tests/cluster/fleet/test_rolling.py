@@ -111,6 +111,29 @@ def test_the_only_group_goes_where_there_is_room_for_no_other(roll: Callable[...
     until("nothing goes on", lambda: old.gone == [0])
 
 
+def test_the_only_group_that_comes_back_does_so_before_it_makes_room(roll: Callable[..., Roll]) -> None:
+    """Its requests wait for it, and end with it."""
+    new, old = Version({0: False}, wanted=1), Version({0: False}, front_ends=1)
+    new.waits_for_room = True
+    roll(new, old)
+    time.sleep(LONG_ENOUGH_S)
+    assert old.gone == []
+    old.up[0] = True
+    until("nothing goes on", lambda: old.gone == [0])
+
+
+@pytest.mark.parametrize("waits_for_room", [True, False])
+def test_it_is_not_waited_for_for_ever(
+    waits_for_room: bool, roll: Callable[..., Roll], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both look for a place it is not; and what the new version mends may be what keeps it from coming up."""
+    monkeypatch.setattr(rolling, "RETURN_S", 60.0 if waits_for_room else 0.02)
+    new, old = Version({0: False}, wanted=1), Version({0: False}, front_ends=1)
+    new.waits_for_room, old.waits_for_room = True, waits_for_room
+    roll(new, old)
+    until("nothing goes on", lambda: old.gone == [0])
+
+
 def test_a_group_that_is_down_is_the_first_to_go(roll: Callable[..., Roll]) -> None:
     new, old = Version({0: True}, wanted=1), Version({0: False, 1: True})
     old.faults = 3
