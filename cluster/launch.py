@@ -45,8 +45,8 @@ def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailur
 
 
 def plan(config: EngineConfig, threads: int = 1, estate: Estate | None = None) -> ResolvedWorker:
-    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank. estate: what runs
-    of it goes on, and whoever joins it, by what was settled when it began, whatever node has gone since.
+    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank. estate: where
+    something of it runs, that is what was settled when it began, whatever node has gone since.
 
     Errors: CheckpointError, ValueError; EngineError if the cluster has no room.
     """

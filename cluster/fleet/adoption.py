@@ -13,7 +13,7 @@ import ray
 
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.ownership.owner import Owner
-from cluster.fleet.ownership.remains import Found, Remains, actor_of, end, end_group, find, latest_scheduler
+from cluster.fleet.ownership.remains import Found, Remains, actor_of, answer_of, end, end_group, find, latest_scheduler
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.protocol.orphans import Estate
 from scheduler.server.actor import Handover
@@ -24,6 +24,8 @@ from workers.process.actor import GroupHandover
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 10.0
+SILENT = GroupHandover(-1, "")
+"""Of a leader that has not answered in that time: whoever keeps its group asks on."""
 
 NewHandle = Callable[[int, int], GroupHandle]
 """Group and epoch -> a handle that has not been started."""
@@ -32,7 +34,8 @@ NewHandle = Callable[[int, int], GroupHandle]
 @dataclass(slots=True)
 class Adopted:
     """next_life: of the scheduler, if none was there to be taken over; None: it lives. epochs: the next of each group.
-    groups: those that run, also those that wait for a scheduler. begun: those that come up, and go on from where they are.
+    groups: those that run, also those that wait for a scheduler. begun: those that come up, and go on from where they are, and
+    those of which that is not known yet.
     leaving: which of them were running empty. awaited: those that requests wait for, and nobody starts.
     """
 
@@ -56,7 +59,7 @@ def settled_for_scheduler(estate: Estate) -> ResolvedWorker | None:
     scheduler = latest_scheduler(estate.namespace, estate.version)
     with contextlib.suppress(ray.exceptions.RayError):
         if scheduler is not None:
-            told: ResolvedWorker = ray.get(scheduler.told.remote(), timeout=ASK_TIMEOUT_S).resolved
+            told: ResolvedWorker = answer_of(scheduler.told, ASK_TIMEOUT_S).resolved
             return told
     return None
 
@@ -102,7 +105,7 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
         elif name in up:
             handle = _adopt_group(groups[name], remains, new_handle)
         elif said is not None and said.token in ("", handover.token):
-            handle = _adopted(new_handle(name, said.epoch), remains, said)
+            handle = _adopted(new_handle(name, max(said.epoch, started)), remains, said)
         if handle is not None:
             adopted.keep(handle)
         else:
@@ -129,7 +132,8 @@ def _take_over_groups(
     for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
         handle, said = None, waiting.get((name, started))
         if said is not None and said.token in ("", token or said.token) and not adopted.has(name):
-            handle, token = _adopted(new_handle(name, said.epoch), remains, said), token or said.token
+            handle = _adopted(new_handle(name, max(said.epoch, started)), remains, said)
+            token = token or said.token
         if handle is not None:
             adopted.keep(handle)
         else:
@@ -140,17 +144,25 @@ def _take_over_groups(
 
 
 def _waiting(groups: Mapping[tuple[int, int], Remains], namespace: str) -> dict[tuple[int, int], GroupHandover]:
-    """Those of the groups that no scheduler has whose leaders answer, and whose loops run or have yet to begin."""
+    """Those of the groups that no scheduler has whose loops run or have yet to begin, as far as their leaders answer; `SILENT`
+    for one that does not, and has not died: it compiles, or is in a long step."""
     asked = {}
     for key, remains in groups.items():
         with contextlib.suppress(ValueError, KeyError):  # its leader has died
             asked[actor_of(namespace, remains.ranks[0]).handover.remote()] = key
     answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=ASK_TIMEOUT_S) if asked else ([], [])
-    told: dict[tuple[int, int], GroupHandover] = {}
+    told = dict.fromkeys(asked.values(), SILENT)
     for answer in answered:
-        with contextlib.suppress(ray.exceptions.RayError):
-            if (said := ray.get(answer)) is not None:
-                told[asked[answer]] = said
+        try:
+            said = ray.get(answer)
+        except ray.exceptions.ActorUnavailableError:  # the connection to it was cut
+            continue
+        except ray.exceptions.RayError:
+            said = None
+        if said is None:
+            del told[asked[answer]]
+        else:
+            told[asked[answer]] = said
     return told
 
 
@@ -164,7 +176,9 @@ def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -
 def _adopted(handle: GroupHandle, remains: Remains, waiting: GroupHandover | None = None) -> GroupHandle | None:
     """waiting: what it says that no scheduler has."""
     try:
-        if waiting is not None and not waiting.token:
+        if waiting is SILENT:
+            handle.adopt_silent(remains)
+        elif waiting is not None and not waiting.token:
             handle.adopt_begun(remains)
         else:
             handle.adopt(remains, waits=waiting is not None)

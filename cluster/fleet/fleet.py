@@ -103,19 +103,16 @@ class Fleet:
             self._begin_leave(group, replace=number >= excess)
 
     def resume(self) -> bool:
-        """Keeps what another Fleet has left as it is, and starts nothing but a group that is waited for, where there is no other.
+        """Keeps what another Fleet has left as it is, and starts nothing but a group that is waited for where there is no other.
         False: there is no scheduler with a group."""
         adopted = self._take_over(logger.info)
         if adopted.next_life is not None or not (adopted.groups or adopted.begun or adopted.awaited):
             return False
-        begun, keepers = adopted.begun, []
-        if not adopted.groups:
-            begun = begun[1:]
-            for handle in adopted.begun[:1]:
-                keepers.append(self._groups.adopt(handle, again=True))
-            if not keepers:
-                keepers.append(self._groups.add(self.config.start_timeout_s, again=True))
-        for handle in begun:
+        kept = 0 if adopted.groups else 1
+        keepers = [self._groups.adopt(handle, again=True) for handle in adopted.begun[:kept]]
+        if not adopted.groups and not keepers:
+            keepers = [self._groups.add(self.config.start_timeout_s, again=True)]
+        for handle in adopted.begun[kept:]:
             handle.kill()
         self._forget(adopted.awaited, keepers)
         self._wanted, self._ready = self.target, True

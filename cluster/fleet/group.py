@@ -64,6 +64,8 @@ class GroupHandle:
         """It ran already when it came into these hands."""
         self.waits = False
         """It has been adopted, and has no scheduler."""
+        self._silent = False
+        """It has been adopted, and nobody knows yet whether its loops run."""
         self.runs: list[Any] = []
         self.phase = GroupStart(group, "placing")
 
@@ -73,6 +75,9 @@ class GroupHandle:
         deadline: by `time.monotonic`; downloads are not counted. Errors: what a rank raised; EngineError when the time is over;
         `kill` is the caller's.
         """
+        if self._silent and self._runs_already(deadline):
+            self.rejoin(scheduler, deadline)
+            return
         builds, deadline = self.begin(deadline)
         self._await_all(builds, deadline)
         self._check()
@@ -139,6 +144,12 @@ class GroupHandle:
             self._lasting.keep(rank)
         self.placed = True
 
+    def adopt_silent(self, remains: Remains) -> None:
+        """Takes over a group whose leader does not answer for now: `start` asks it, and does whatever is left to do. Errors: as
+        `adopt`."""
+        self.adopt_begun(remains)
+        self._silent = True
+
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
         """The ranks go on as they are for another scheduler, as the next epoch; returns once their leader has greeted it.
 
@@ -179,6 +190,16 @@ class GroupHandle:
     def _check(self) -> None:
         if self._lasting is not None:
             self._lasting.check()
+
+    def _runs_already(self, deadline: float) -> bool:
+        """Of one that has not answered before. Errors: as `start`."""
+        said = _get(self._ranks[0].handover.remote(), deadline)
+        if said is None:
+            raise EngineError(f"group {self.group} ended while nobody kept it")
+        self.epoch, self._silent = max(self.epoch, said.epoch), False
+        if said.token:
+            self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
+        return bool(said.token)
 
     def _fetch(self, patience_s: float) -> float:
         """The node gets what it lacks of the checkpoint; returns the seconds that it took: as many as it takes, while it goes

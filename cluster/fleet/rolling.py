@@ -13,7 +13,7 @@ import ray
 
 from cluster.engine import EngineError
 from cluster.fleet.fleet import Fleet
-from cluster.fleet.ownership.remains import actor_of, end, find
+from cluster.fleet.ownership.remains import actor_of, answer_of, end, find
 from scheduler.protocol.orphans import Estate
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def serves_another_version(estate: Estate) -> bool:
 def _resumed(estate: Estate, schedulers: list[str]) -> Fleet | None:
     for name in schedulers:
         try:
-            told = ray.get(actor_of(estate.namespace, name).told.remote(), timeout=ASK_TIMEOUT_S)
+            told = answer_of(actor_of(estate.namespace, name).told, ASK_TIMEOUT_S)
         except (ValueError, ray.exceptions.RayError):  # it has died, or does not answer
             continue
         fleet = Fleet(told.config, told.resolved, logger.error, told.bounds, told.log_format, estate)

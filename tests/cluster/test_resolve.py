@@ -96,13 +96,17 @@ def test_gpus_of_another_kind_are_no_room(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Asked:
-    """An actor of an estate, and what it answers; None: it has died. Ray, played, takes a question for its answer."""
+    """An actor of an estate, and what it answers; None: it has died. Ray, played, takes a question for its answer. cut: the
+    first time the connection to it is."""
 
-    def __init__(self, answer: Any) -> None:
+    def __init__(self, answer: Any, *, cut: bool = False) -> None:
         self.told = SimpleNamespace(remote=lambda: self.get)
-        self._answer = answer
+        self._answer, self._cut = answer, cut
 
     def get(self) -> Any:
+        if self._cut:
+            self._cut = False
+            raise ray.exceptions.ActorUnavailableError("the connection was cut", b"\0" * 16)
         if self._answer is None:
             raise ray.exceptions.ActorDiedError
         return self._answer
@@ -124,7 +128,7 @@ def test_what_runs_goes_on_as_it_was_settled_when_a_node_has_gone(
     monkeypatch.setattr(ray, "get", lambda question, **_: question())
     monkeypatch.setattr(ray, "wait", lambda questions, **_: (questions[:1], questions[1:]))
     told = SimpleNamespace(resolved=settled) if scheduler else None
-    monkeypatch.setattr(adoption, "latest_scheduler", lambda *_: None if scheduler is None else Asked(told))
+    monkeypatch.setattr(adoption, "latest_scheduler", lambda *_: None if scheduler is None else Asked(told, cut=True))
     groups = {(group, 0): Remains(group, 0, {0: str(group)}) for group in range(len(leaders))}
     monkeypatch.setattr(adoption, "find", lambda _: {"1": Found(groups=groups), "2": Found()})
     monkeypatch.setattr(adoption, "actor_of", lambda _, name: Asked(settled if leaders[int(name)] else None))

@@ -26,8 +26,8 @@ REMOVAL_S = 10.0
 """For Ray to end this process with its placement group, before it ends itself."""
 
 CALLS = 12
-"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `told`, `hold_on`, `keep` and `ended`; likewise those of an owner
-that was cut off."""
+"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `told`, `hold_on`, `keep` and `ended`; likewise those of
+an owner that was cut off."""
 
 
 class GroupHandover(NamedTuple):

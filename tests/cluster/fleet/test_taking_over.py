@@ -1,25 +1,30 @@
-"""A fleet that takes over what another has left goes on with it, whatever of the rest cannot come up. Without Ray: the scheduler
-notes what it is told, groups are lives without workers."""
+"""A fleet that takes over what another has left goes on with it, whatever of the rest cannot come up. Without Ray: the
+scheduler notes what it is told, groups are lives without workers."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError
+from cluster.fleet import adoption, groups, restarts
 from cluster.fleet import fleet as fleets
-from cluster.fleet import groups, restarts
+from cluster.fleet import group as group_module
 from cluster.fleet.adoption import Adopted
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.group import GroupHandle
+from cluster.fleet.ownership.remains import Found, Remains
 from cluster.fleet.scheduler_keeper import LiveScheduler
 from deploy.config.load import EMBEDDED_MODEL
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, EngineStats, GroupStart, GroupStats
 from workers.config import ResolvedWorker
+from workers.process.actor import GroupHandover
 
 PATIENCE_S = 60.0
 LONG_ENOUGH_S = 0.2
@@ -115,6 +120,12 @@ class Owning:
     def __init__(self, estate: Estate) -> None:
         self.estate, self.deaf = estate, False
 
+    def keep(self, actor: object) -> None:
+        """It hears that it has an owner."""
+
+    def check(self) -> None:
+        """Nobody else has come."""
+
     def close(self) -> None:
         pass
 
@@ -150,11 +161,13 @@ def made(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
 
 
 def heard(fleet: Fleet) -> list[tuple[str, int]]:
-    return cast(Any, fleet.scheduler).heard
+    return cast(Scheduler, fleet.scheduler).heard
 
 
 @pytest.mark.parametrize("life", [None, 3])
-def test_those_that_serve_go_on_though_another_finds_no_place(life: int | None, cluster: Ray, made: Callable[..., Fleet]) -> None:
+def test_those_that_serve_go_on_though_another_finds_no_place(
+    life: int | None, cluster: Ray, made: Callable[..., Fleet]
+) -> None:
     """It comes when there is room again: nobody starts the engine anew for it, which would change nothing. life: of another
     scheduler, where that had gone as well."""
     fleet = made(Life(cluster, 0, 4, runs=True), wanted=2, life=life)
@@ -232,3 +245,81 @@ def test_one_with_a_group_that_serves_starts_nothing(cluster: Ray, made: Callabl
 @pytest.mark.parametrize("life", [None, 3])
 def test_one_without_anybody_to_wait_for_is_not(life: int | None, made: Callable[..., Fleet]) -> None:
     assert not made(wanted=1, life=life).resume()
+
+
+class Rank:
+    """A leader that answers what it `says`: an error is raised, and what is late is not there when it is waited for."""
+
+    def __init__(self, says: Any, *, late: bool = False) -> None:
+        self.says, self.late = says, late
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: self._ask(name))
+
+    def _ask(self, name: str) -> "Rank":
+        self.asked.append(name)
+        return self
+
+
+def answer_of(rank: Rank, **_: Any) -> Any:
+    if isinstance(rank.says, Exception):
+        raise rank.says
+    return rank.says
+
+
+CUT = ray.exceptions.ActorUnavailableError("the connection was cut", b"\0" * 16)
+RUNS, BEGUN = GroupHandover(7, "secret"), GroupHandover(4, "")
+
+
+@pytest.fixture
+def leaders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GroupHandle]]:
+    """Takes over groups without a scheduler: handles of those that are kept. Ray is played."""
+
+    def take(*ranks: Rank) -> list[GroupHandle]:
+        def wait(asked: list[Rank], **_: Any) -> tuple[list[Rank], list[Rank]]:
+            return [rank for rank in asked if not rank.late], [rank for rank in asked if rank.late]
+
+        for module in (adoption, group_module):
+            monkeypatch.setattr(module, "actor_of", lambda _, name: ranks[int(name)])
+        monkeypatch.setattr(ray, "wait", wait)
+        monkeypatch.setattr(ray, "get", answer_of)
+        monkeypatch.setattr(adoption, "end_group", lambda *_: None)
+        found = Found(groups={(number, 4): Remains(number, 4, {0: str(number)}) for number in range(len(ranks))})
+        monkeypatch.setattr(adoption, "find", lambda _: {"1": found})
+        config, owner = EngineConfig(model=str(EMBEDDED_MODEL)), cast(Any, Owning(Estate("manta-app", "1", 60.0)))
+        scheduler = cast(Any, SimpleNamespace(trust=lambda _: None))
+        adopted = adoption.take_over(
+            owner, scheduler, lambda number, epoch: GroupHandle(number, epoch, config, ResolvedWorker(), "text", owner)
+        )
+        return sorted((*adopted.groups, *adopted.begun), key=lambda handle: handle.group)
+
+    return take
+
+
+def test_a_leader_that_is_long_in_answering_is_kept(leaders: Callable[..., list[GroupHandle]]) -> None:
+    """One that compiles holds Python's lock; one whose connection was cut lives as well. Who has died, or ended, goes."""
+    dead = ray.exceptions.ActorDiedError()
+    handles = leaders(Rank(RUNS), Rank(BEGUN), Rank(RUNS, late=True), Rank(CUT), Rank(dead), Rank(None))
+    assert [(handle.group, handle.epoch, handle.adopted) for handle in handles] == [
+        (0, 7, True), (1, 4, False), (2, 4, False), (3, 4, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "epoch", "begins"), [(RUNS, 8, False), (BEGUN, 4, True)])
+def test_it_goes_on_from_where_it_is_once_it_answers(
+    says: GroupHandover, epoch: int, begins: bool, leaders: Callable[..., list[GroupHandle]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the next epoch where it has served before."""
+    rank = Rank(says, late=True)
+    (handle,) = leaders(rank)
+    monkeypatch.setattr(GroupHandle, "begin", lambda _, deadline: ([], deadline))
+    handle.start(cast(Any, None), time.monotonic() + PATIENCE_S)
+    assert (handle.epoch, "rejoin" in rank.asked, "run" in rank.asked) == (epoch, not begins, begins)
+    assert len(handle.runs) == 1, "its end is heard of"
+
+
+def test_one_that_has_ended_meanwhile_is_started_anew(leaders: Callable[..., list[GroupHandle]]) -> None:
+    (handle,) = leaders(Rank(None, late=True))
+    with pytest.raises(EngineError, match="ended while nobody kept it"):
+        handle.start(cast(Any, None), time.monotonic() + PATIENCE_S)
