@@ -103,7 +103,7 @@ class Fleet:
             self._begin_leave(group, replace=number >= excess)
 
     def resume(self) -> bool:
-        """Keeps what another Fleet has left as it is, and starts nothing but a group that is waited for where there is no other.
+        """Keeps what another Fleet has left as it is, and starts nothing but a group that is waited for, if there is no other.
         False: there is no scheduler with a group."""
         adopted = self._take_over(logger.info)
         if adopted.next_life is not None or not (adopted.groups or adopted.begun or adopted.awaited):
