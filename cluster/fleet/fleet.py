@@ -275,6 +275,9 @@ class Fleet:
             except EngineError as error:  # the scheduler is being replaced, or the fleet is closing
                 logger.warning("the number of groups cannot be changed now: %s", error)
                 time.sleep(DRAIN_POLL_S)
+            except Exception:  # whatever it is: nobody else would change it any more
+                logger.exception("the number of groups cannot be changed now")
+                time.sleep(DRAIN_POLL_S)
 
     def _remove_one(self, there: Sequence[int]) -> None:
         """The newest of those that are not up, if others are: nothing runs there. Else the newest. Errors: EngineError."""

@@ -139,18 +139,28 @@ class GroupKeeper:
     def _watch(self) -> str | None:
         """Waits for the group's end; None when the keeper itself is closed."""
         while not self._closing.is_set():
-            reason = self._handle.wait(POLL_S)
-            if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
-                reason = self._handle.wait(REASON_S) or (self._rejoin() if fenced.cut else fenced.reason)
-            if reason is None and self._renewing.is_set():
-                reason = "it was asked to start anew"
-            elif reason is None and not self._scheduler.up:
-                self._handle.hold_on()
-            elif reason is None and self._scheduler.epoch != self._scheduler_epoch:
-                reason = self._rejoin()
+            try:
+                reason = self._look()
+            except Exception:  # whatever it is: without this thread its death is noticed by nobody
+                if not self._closing.wait(POLL_S):
+                    logger.exception("group %d could not be looked after; trying on", self.group)
+                continue
             if reason is not None and not self._closing.is_set():
                 return reason
         return None
+
+    def _look(self) -> str | None:
+        """Why it has ended, as far as is known; None while it runs."""
+        reason = self._handle.wait(POLL_S)
+        if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
+            reason = self._handle.wait(REASON_S) or (self._rejoin() if fenced.cut else fenced.reason)
+        if reason is None and self._renewing.is_set():
+            reason = "it was asked to start anew"
+        elif reason is None and not self._scheduler.up:
+            self._handle.hold_on()
+        elif reason is None and self._scheduler.epoch != self._scheduler_epoch:
+            reason = self._rejoin()
+        return reason
 
     def _rejoin(self) -> str | None:
         """The ranks go on for the scheduler that is up: theirs has gone, or is cut off. Why they do not; None if they do, or

@@ -96,6 +96,8 @@ class Roll:
                 self._step(oldest)
             except EngineError as error:  # a scheduler is being replaced
                 logger.warning("the roll skips a turn: %s", error)
+            except Exception:  # whatever it is: without this thread the old version stays
+                logger.exception("the roll skips a turn")
             if not oldest.target and not self._closing.is_set():
                 logger.warning("version %s has gone", oldest.version)
                 self.old.remove(oldest)

@@ -245,7 +245,12 @@ class SchedulerKeeper:
     def _watch(self) -> None:
         """One life after the other."""
         while not self._closing.is_set() and (live := self._live) is not None:
-            reason = self._attend(live)
+            try:
+                reason = self._attend(live)
+            except Exception:  # whatever it is: without this thread its death is noticed by nobody
+                logger.exception("the scheduler could not be looked after; trying on")
+                self._closing.wait(RESTART_PAUSE_S)
+                continue
             self._check()
             if not self._closing.is_set():
                 logger.error("the scheduler %s; starting another", reason)

@@ -42,7 +42,7 @@ class Version:
     def groups(self) -> tuple[GroupStats, ...]:
         if self.faults:
             self.faults -= 1
-            raise EngineError("the scheduler is being replaced")
+            raise (EngineError("the scheduler is being replaced"), RuntimeError("what is this?"))[self.faults % 2]
         return tuple(GroupStats(group, up, 8, 8, 0, 0, 0) for group, up in self.up.items())
 
     def status(self) -> ClusterStatus:

@@ -202,6 +202,33 @@ def test_who_finds_no_place_is_the_first_to_go_where_fewer_are_wanted(cluster: R
     assert cluster.up == {0, 2}
 
 
+def test_an_error_that_nobody_has_thought_of_ends_no_watch(
+    cluster: Ray, made: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a group, and of how many there are: nobody else would look after either."""
+    cluster.room.set()
+    life, faults, wait, add = Life(cluster, 0, 4, runs=True), ["wait", "wait", "add"], Life.wait, groups.Groups.add
+
+    def once(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*told: Any, **named: Any) -> Any:
+            if name in faults:
+                faults.remove(name)
+                raise RuntimeError("what is this?")
+            return call(*told, **named)
+
+        return failing
+
+    monkeypatch.setattr(Life, "wait", once("wait", wait))
+    monkeypatch.setattr(groups.Groups, "add", once("add", add))
+    fleet = made(life, wanted=1)
+    fleet.start(lambda _: None)
+    until("it is not looked after", lambda: caplog.text.count("could not be looked after") == 2)
+    fleet.resize(2)
+    until("no group is added", lambda: cluster.up == {0, 1})
+    monkeypatch.setattr(Life, "wait", lambda each, _: "it has died" if each is life else wait(each, 0.01))
+    until("its death is not noticed", lambda: life.killed)
+
+
 def test_where_none_serves_a_start_that_fails_is_told(cluster: Ray, made: Callable[..., Fleet]) -> None:
     cluster.room.set()
     fleet = made(Life(cluster, 0, 4, begun=True), wanted=1, life=0)
