@@ -29,6 +29,7 @@ from deploy.config.load import ModelSettings, reject_unknown
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.openai.responses.store.shared import end_responses
 from scheduler.logs import configure
+from scheduler.protocol.sentinel import watch_this_process
 from scheduler.server.stats import ClusterStatus
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class EngineReplica:
         self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str, *, further: bool = False
     ) -> None:  # fmt: skip
         configure(limits.log_format, role="engine")
+        watch_this_process()
         self._version = version
         self._told = engine, limits, threads
         self._further = further

@@ -35,6 +35,7 @@ from deploy.serving.replicas.discovery import Discovery, turn_of
 from deploy.status.routes import status_routes
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
+from scheduler.protocol.sentinel import watch_this_process
 from workers.model.sources.find import pinned
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Ingress(GrpcIngress):
         self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, version: str
     ) -> None:
         configure(limits.log_format, role="ingress")
+        watch_this_process()
         import_without_torch()
         model = ServedModel.of(config, limits)
         name = serve.get_replica_context().app_name
