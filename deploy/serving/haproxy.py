@@ -253,8 +253,8 @@ def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | Non
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other guard of this folder is inside. One that is stopped there for good is killed for those who wait, and whoever does
-    so takes its turn, if it was that one's."""
+    """No other guard of this folder is inside. One that is stopped there for good is killed for those who wait; whoever does so
+    takes its turn, if it was that one's."""
     holder, turn, seen = folder / "second.holder", folder / "guard.pid", 0
     with (folder / "second.lock").open("w") as lock:
         while not _locked(lock):
