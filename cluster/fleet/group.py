@@ -27,6 +27,7 @@ PHASE_POLL_S = 0.25
 PLACEMENT_POLL_S = 1.0
 ENDED_S = 30.0
 """That a rank of which another has set the loop running is asked at a time whether it has ended."""
+ANSWER_S = 5.0
 KIND_SHARE = 0.001
 """Of the one that every node with GPUs has of the resource that names their kind: as many as Ray itself asks for."""
 
@@ -160,6 +161,14 @@ class GroupHandle:
         self._check()
         self.epoch += 1
         _get(self._ranks[0].rejoin.remote(scheduler, self.epoch), deadline)
+
+    def steps(self) -> bool:
+        """Whether its leader is in a step that may take longer yet: a first one of its kind, that compiles."""
+        try:
+            busy_s, patience_s = _get(self._ranks[0].busy.remote(), time.monotonic() + ANSWER_S)
+        except Exception:
+            return False
+        return bool(busy_s < patience_s)
 
     def hold_on(self) -> None:
         """Says to a leader without a scheduler that there will be another. Does not wait."""

@@ -23,7 +23,8 @@ REASON_S = 2.0
 
 JOIN_TIMEOUT_S = 30.0
 REJOIN_S = 30.0
-"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool."""
+"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool. One in a step that may
+take longer has so long again."""
 
 NewHandle = Callable[[int], GroupHandle]
 """Epoch -> the group's next life, not started yet."""
@@ -173,6 +174,8 @@ class GroupKeeper:
                 return None  # the cluster is closing
             if live.epoch != last:
                 deadline, last = time.monotonic() + REJOIN_S, live.epoch
+            elif time.monotonic() > deadline and self._handle.steps():
+                deadline = time.monotonic() + REJOIN_S
             elif time.monotonic() > deadline:  # and the scheduler answers
                 return f"group {self.group} did not come to the scheduler within {REJOIN_S:g} s: {why}"
             try:

@@ -26,8 +26,8 @@ REMOVAL_S = 10.0
 """For Ray to end this process with its placement group, before it ends itself."""
 
 CALLS = 12
-"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `told`, `hold_on`, `keep` and `ended`; likewise those of
-an owner that was cut off."""
+"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `busy`, `told`, `hold_on`, `keep` and `ended`; likewise
+those of an owner that was cut off."""
 
 
 class GroupHandover(NamedTuple):
@@ -109,6 +109,10 @@ class WorkerActor:
         from workers.loop.terms import Term
 
         self._life.terms.call(Term(scheduler, epoch))
+
+    def busy(self) -> tuple[float, float]:
+        """Seconds in the present step, and how many it may take."""
+        return self._life.busy()
 
     def handover(self) -> GroupHandover | None:
         """Rank 0 only. None: its loop has ended."""

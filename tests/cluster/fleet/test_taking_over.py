@@ -12,7 +12,7 @@ import ray
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError
-from cluster.fleet import adoption, groups, restarts
+from cluster.fleet import adoption, groups, health, restarts
 from cluster.fleet import fleet as fleets
 from cluster.fleet import group as group_module
 from cluster.fleet.adoption import Adopted
@@ -227,6 +227,33 @@ def test_an_error_that_nobody_has_thought_of_ends_no_watch(
     until("no group is added", lambda: cluster.up == {0, 1})
     monkeypatch.setattr(Life, "wait", lambda each, _: "it has died" if each is life else wait(each, 0.01))
     until("its death is not noticed", lambda: life.killed)
+
+
+def test_a_group_in_a_long_step_has_the_time_to_come_to_the_next_scheduler(
+    cluster: Ray, made: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To start it anew would take as long, and lose what it has. One whose step has hung is."""
+    life, tries, steps = Life(cluster, 0, 4, runs=True), list[float](), [True] * 3
+    monkeypatch.setattr(health, "REJOIN_S", 0.02)
+
+    def rejoin(scheduler: object, deadline: float) -> None:
+        tries.append(deadline)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        if steps or life.killed:
+            raise EngineError("it does not answer")
+        cluster.up.add(0)
+
+    monkeypatch.setattr(life, "rejoin", rejoin, raising=False)
+    monkeypatch.setattr(life, "steps", lambda: bool(steps) and steps.pop(), raising=False)
+    cluster.room.set()
+    fleet = made(life, wanted=1)
+    fleet.start(lambda _: None)
+    cast(Scheduler, fleet.scheduler).epoch = 1
+    until("it does not go on", lambda: len(tries) == 4)
+    assert not life.killed
+    steps[:] = [False]
+    cast(Scheduler, fleet.scheduler).epoch = 2
+    until("it is not started anew", lambda: life.killed and cluster.up == {0})
 
 
 def test_where_none_serves_a_start_that_fails_is_told(cluster: Ray, made: Callable[..., Fleet]) -> None:
