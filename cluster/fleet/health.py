@@ -23,8 +23,8 @@ REASON_S = 2.0
 
 JOIN_TIMEOUT_S = 30.0
 REJOIN_S = 30.0
-"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool. One in a step that may
-take longer has so long again."""
+"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool. One in a step that
+may take longer has so long again."""
 
 NewHandle = Callable[[int], GroupHandle]
 """Epoch -> the group's next life, not started yet."""

@@ -236,7 +236,7 @@ def test_a_group_in_a_long_step_has_the_time_to_come_to_the_next_scheduler(
     life, tries, steps = Life(cluster, 0, 4, runs=True), list[float](), [True] * 3
     monkeypatch.setattr(health, "REJOIN_S", 0.02)
 
-    def rejoin(scheduler: object, deadline: float) -> None:
+    def rejoin(_scheduler: object, deadline: float) -> None:
         tries.append(deadline)
         time.sleep(max(0.0, deadline - time.monotonic()))
         if steps or life.killed:
