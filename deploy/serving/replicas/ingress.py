@@ -126,11 +126,13 @@ class Ingress(GrpcIngress):
 
 
 def application(
-    engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None
-) -> Application:
-    """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says."""
+    engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None,
+    version: str | None = None,
+) -> Application:  # fmt: skip
+    """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says. version: of all that,
+    where it is known."""
     engine = pinned(engine)
-    version = version_of(engine, limits, threads)
+    version = version or version_of(engine, limits, threads)
     owner = engine_deployment(groups or engine.groups, GRACE_S)
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
