@@ -82,7 +82,8 @@ class Fleet:
         if adopted.next_life is not None:
             self.scheduler.start(config.start_timeout_s, adopted.next_life)
         self._forget(adopted.awaited, keepers)
-        self._ready = serves
+        if serves:
+            self._go_on(adopted.leaving)
         if keepers:
             self._say(f"loading {config.model}", progress)
         say = in_words(progress, f"{DOWNLOADING} {config.model}")
@@ -95,12 +96,9 @@ class Fleet:
                     break
                 raise EngineError("the groups did not reach the scheduler in time: raise start_timeout_s")
             time.sleep(POLL_S)
-        self._ready = True
         self._say(f"{up} group(s) are ready", progress)
-        self.resize(self._wanted)  # another number may have been asked for meanwhile
-        excess = self.target - self._wanted
-        for number, group in enumerate(adopted.leaving):  # its end was under way; requests may wait for one that is wanted
-            self._begin_leave(group, replace=number >= excess)
+        if not serves:
+            self._go_on(adopted.leaving)
 
     def resume(self) -> bool:
         """Keeps what another Fleet has left as it is, and starts nothing but a group that is waited for, if there is no other.
@@ -249,6 +247,14 @@ class Fleet:
         elif adopted.next_life is None:
             self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
         return adopted
+
+    def _go_on(self, leaving: Sequence[int]) -> None:
+        """With what others have asked for meanwhile, or had begun. leaving: groups that run empty."""
+        self._ready = True
+        self.resize(self._wanted)
+        excess = self.target - self._wanted
+        for number, group in enumerate(leaving):  # requests may wait for one that is wanted
+            self._begin_leave(group, replace=number >= excess)
 
     def _forget(self, awaited: list[int], coming: Sequence[GroupKeeper]) -> None:
         """Of groups that were coming up those that nobody starts any more: requests do not wait for them, but for those that

@@ -58,6 +58,7 @@ def watch(process: int, stopped_s: float) -> None:
         if looks * LOOK_S >= stopped_s and os.getppid() == process:
             print(f"process {process} has been stopped for {stopped_s:g} s: it is ended", file=sys.stderr, flush=True)
             os.kill(process, signal.SIGKILL)
+            looks = 0
 
 
 if __name__ == "__main__":

@@ -61,8 +61,12 @@ class Owner:
         self._log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[3])
-        until(f"it is not {said}", lambda: said in self.said or self.process.poll() is not None)
-        assert said in self.said, self.said
+        try:
+            until(f"it is not {said}", lambda: said in self.said or self.process.poll() is not None)
+            assert said in self.said, self.said
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def said(self) -> list[str]:
