@@ -27,6 +27,11 @@ ASK_TIMEOUT_S = 10.0
 SILENT = GroupHandover(-1, "")
 """Of a leader that has not answered in that time: whoever keeps its group asks on."""
 
+AGAIN_S = 0.25
+SECRET_TIMEOUT_S = 60.0
+"""For one of the groups that have lost their scheduler to tell its secret, without which they would begin anew. Nobody is
+served meanwhile either way."""
+
 NewHandle = Callable[[int, int], GroupHandle]
 """Group and epoch -> a handle that has not been started."""
 
@@ -128,7 +133,11 @@ def _take_over_groups(
     """Without a scheduler; one that does not answer ends."""
     end(namespace, Found(found.schedulers))
     adopted, token = Adopted(max(found.schedulers, default=-1) + 1, epochs), ""
-    waiting = _waiting(found.groups, namespace)
+    waiting, deadline = _waiting(found.groups, namespace), time.monotonic() + SECRET_TIMEOUT_S
+    while SILENT in waiting.values() and not any(said.token for said in waiting.values()) and time.monotonic() < deadline:
+        time.sleep(AGAIN_S)
+        silent = {key: found.groups[key] for key, said in waiting.items() if said is SILENT}
+        waiting = {key: said for key, said in waiting.items() if said is not SILENT} | _waiting(silent, namespace)
     for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
         handle, said = None, waiting.get((name, started))
         if said is not None and said.token in ("", token or said.token) and not adopted.has(name):

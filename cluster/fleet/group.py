@@ -76,7 +76,7 @@ class GroupHandle:
         deadline: by `time.monotonic`; downloads are not counted. Errors: what a rank raised; EngineError when the time is over;
         `kill` is the caller's.
         """
-        if self._silent and self._runs_already(deadline):
+        if self._silent and self._runs_already(scheduler, deadline):
             self.rejoin(scheduler, deadline)
             return
         builds, deadline = self.begin(deadline)
@@ -200,11 +200,13 @@ class GroupHandle:
         if self._lasting is not None:
             self._lasting.check()
 
-    def _runs_already(self, deadline: float) -> bool:
-        """Of one that has not answered before. Errors: as `start`."""
+    def _runs_already(self, scheduler: SchedulerAddress, deadline: float) -> bool:
+        """Of one that has not answered before. Errors: as `start`; EngineError for one whose ranks have another secret."""
         said = _get(self._ranks[0].handover.remote(), deadline)
         if said is None:
             raise EngineError(f"group {self.group} ended while nobody kept it")
+        if said.token not in ("", scheduler.token):
+            raise EngineError(f"group {self.group} has another secret than the scheduler that was started meanwhile")
         self.epoch, self._silent = max(self.epoch, said.epoch), False
         if said.token:
             self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]

@@ -262,7 +262,8 @@ def _alone(folder: Path) -> Iterator[None]:
             inside = _noted(holder)
             seen = seen + 1 if inside is not None and _is_stopped(inside) else 0
             if inside is not None and seen > STOPPED_S / START_POLL_S:
-                os.kill(inside, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(inside, signal.SIGKILL)
                 seen = 0
                 if _noted(turn) == inside:
                     _note(turn, os.getpid())

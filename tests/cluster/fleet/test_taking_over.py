@@ -23,7 +23,7 @@ from cluster.fleet.scheduler_keeper import LiveScheduler
 from deploy.config.load import EMBEDDED_MODEL
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, EngineStats, GroupStart, GroupStats
-from workers.config import ResolvedWorker
+from workers.config import ResolvedWorker, SchedulerAddress
 from workers.process.actor import GroupHandover
 
 PATIENCE_S = 60.0
@@ -302,9 +302,10 @@ def test_one_without_anybody_to_wait_for_is_not(life: int | None, made: Callable
 
 
 class Rank:
-    """A leader that answers what it `says`: an error is raised, and what is late is not there when it is waited for."""
+    """A leader that answers what it `says`: an error is raised, and what is late is not there, so many times, when it is waited
+    for."""
 
-    def __init__(self, says: Any, *, late: bool = False) -> None:
+    def __init__(self, says: Any, *, late: int = 0) -> None:
         self.says, self.late = says, late
         self.asked: list[str] = []
 
@@ -324,6 +325,7 @@ def answer_of(rank: Rank, **_: Any) -> Any:
 
 CUT = ray.exceptions.ActorUnavailableError("the connection was cut", b"\0" * 16)
 RUNS, BEGUN = GroupHandover(7, "secret"), GroupHandover(4, "")
+ADDRESS = SchedulerAddress("127.0.0.1", 1, "secret")
 
 
 @pytest.fixture
@@ -332,7 +334,10 @@ def leaders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GroupHandle]]
 
     def take(*ranks: Rank) -> list[GroupHandle]:
         def wait(asked: list[Rank], **_: Any) -> tuple[list[Rank], list[Rank]]:
-            return [rank for rank in asked if not rank.late], [rank for rank in asked if rank.late]
+            late = [rank for rank in asked if rank.late]
+            for rank in late:
+                rank.late -= 1
+            return [rank for rank in asked if rank not in late], late
 
         for module in (adoption, group_module):
             monkeypatch.setattr(module, "actor_of", lambda _, name: ranks[int(name)])
@@ -354,7 +359,7 @@ def leaders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GroupHandle]]
 def test_a_leader_that_is_long_in_answering_is_kept(leaders: Callable[..., list[GroupHandle]]) -> None:
     """One that compiles holds Python's lock; one whose connection was cut lives as well. Who has died, or ended, goes."""
     dead = ray.exceptions.ActorDiedError()
-    handles = leaders(Rank(RUNS), Rank(BEGUN), Rank(RUNS, late=True), Rank(CUT), Rank(dead), Rank(None))
+    handles = leaders(Rank(RUNS), Rank(BEGUN), Rank(RUNS, late=1), Rank(CUT), Rank(dead), Rank(None))
     assert [(handle.group, handle.epoch, handle.adopted) for handle in handles] == [
         (0, 7, True), (1, 4, False), (2, 4, False), (3, 4, False)
     ]  # fmt: skip
@@ -365,15 +370,22 @@ def test_it_goes_on_from_where_it_is_once_it_answers(
     says: GroupHandover, epoch: int, begins: bool, leaders: Callable[..., list[GroupHandle]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the next epoch where it has served before."""
-    rank = Rank(says, late=True)
-    (handle,) = leaders(rank)
+    rank = Rank(says, late=1)
+    _, handle = leaders(Rank(RUNS), rank)
     monkeypatch.setattr(GroupHandle, "begin", lambda _, deadline: ([], deadline))
-    handle.start(cast(Any, None), time.monotonic() + PATIENCE_S)
+    handle.start(ADDRESS, time.monotonic() + PATIENCE_S)
     assert (handle.epoch, "rejoin" in rank.asked, "run" in rank.asked) == (epoch, not begins, begins)
     assert len(handle.runs) == 1, "its end is heard of"
 
 
 def test_one_that_has_ended_meanwhile_is_started_anew(leaders: Callable[..., list[GroupHandle]]) -> None:
-    (handle,) = leaders(Rank(None, late=True))
-    with pytest.raises(EngineError, match="ended while nobody kept it"):
-        handle.start(cast(Any, None), time.monotonic() + PATIENCE_S)
+    _, gone, stranger = leaders(Rank(RUNS), Rank(None, late=1), Rank(GroupHandover(7, "another"), late=1))
+    for handle, why in ((gone, "ended while nobody kept it"), (stranger, "another secret")):
+        with pytest.raises(EngineError, match=why):
+            handle.start(ADDRESS, time.monotonic() + PATIENCE_S)
+
+
+def test_where_no_leader_answers_the_first_is_waited_for(leaders: Callable[..., list[GroupHandle]]) -> None:
+    """It knows the secret that the next scheduler is to have."""
+    handles = leaders(Rank(RUNS, late=3), Rank(RUNS, late=9), Rank(None, late=2))
+    assert [(handle.group, handle.adopted) for handle in handles] == [(0, True), (1, False)]
