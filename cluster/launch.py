@@ -6,12 +6,14 @@ Imports ray, `fleet`, `autoscale`, `join` and `remote`. The other side of `clust
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ray
 
 from cluster.config import EngineConfig, own_threads
 from cluster.ending import Ending
 from cluster.engine import EngineError, EngineLost, EngineStats, OnDeltas, OnFailure, Progress
+from cluster.fleet.adoption import settled_for_groups, settled_for_scheduler
 from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.group import rank_resources
@@ -19,6 +21,7 @@ from cluster.join import connect_ray
 from cluster.remote import SchedulerStream
 from cluster.resolve import resolve
 from scheduler.protocol.messages import Request, TalliedMetric
+from scheduler.protocol.orphans import Estate
 from workers.config import ResolvedWorker
 
 logger = logging.getLogger(__name__)
@@ -41,26 +44,42 @@ def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailur
     return engine
 
 
-def plan(config: EngineConfig, threads: int = 1) -> ResolvedWorker:
-    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank.
+def plan(config: EngineConfig, threads: int = 1, estate: Estate | None = None) -> ResolvedWorker:
+    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank. estate: where
+    something of it runs, that is what was settled when it began, whatever node has gone since.
 
     Errors: CheckpointError, ValueError; EngineError if the cluster has no room.
     """
+    settled = settled_for_scheduler(estate) if estate is not None else None
+    if settled is not None:
+        return settled
+    try:
+        return _settle(config, threads)
+    except EngineError:
+        settled = settled_for_groups(estate) if estate is not None else None
+        if settled is None:
+            raise
+        return settled
+
+
+def _settle(config: EngineConfig, threads: int) -> ResolvedWorker:
     device = config.device
     if device == "auto":
         device = "cuda" if config.accelerator_type or ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
     resolved = resolve(config, device, threads)
-    _check_resources(config, rank_resources(config, resolved))
-    return resolved
+    on_a_node = _check_resources(config, rank_resources(config, resolved))
+    return replace(resolved, host_ranks=min(config.groups, max(1, on_a_node)) * config.tensor_parallel_size)
 
 
-def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> None:
-    """Errors: EngineError that says what is missing, instead of waiting for a node that may never come."""
+def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> int:
+    """Returns how many groups have room on one node at most. Errors: EngineError that says what is missing, instead of waiting
+    for a node that may never come."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(
+    places_of = [
         int(min(node.get(name, 0) // (amount * config.tensor_parallel_size) for name, amount in per_rank.items()))
         for node in nodes
-    )
+    ]
+    places = sum(places_of)
     if places < config.groups and config.max_groups is None:  # an autoscaler may bring nodes
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in per_rank.items())
         found = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in per_rank) for node in nodes)
@@ -69,6 +88,7 @@ def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> None:
             f"node; the cluster's nodes have {found}: room for {places} group(s). Lower groups, tensor_parallel_size or "
             "threads, or add nodes"
         )
+    return max(places_of, default=0)
 
 
 class RayEngine:

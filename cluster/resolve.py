@@ -57,6 +57,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         report_hold_s=hold_s,
         depth=DEPTH[device],
         score_tokens=read_uses(folder, model, config.pooling, config.score_tokens).score_tokens,
+        host_ranks=config.ranks,
     )
 
 

@@ -16,7 +16,8 @@ from deploy.cli.operating import drain, roll
 from deploy.cli.planning import plan
 from deploy.config.load import ConfigError
 from deploy.status.command import top
-from deploy.terminal.exits import Termination, leave, reported_errors
+from deploy.terminal.exits import Termination, reported_errors, run
+from deploy.terminal.writing import name_stdout
 from simulator.command import OldSpellings
 from simulator.command import command as replay
 
@@ -66,7 +67,5 @@ else:
 def main() -> None:
     """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
     Termination.install()
-    try:
-        app()
-    except SystemExit as ended:
-        leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    name_stdout()
+    run(app)

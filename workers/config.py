@@ -185,7 +185,7 @@ class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
         "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1.",
         OptionRule(lambda share: 0.0 < share <= 1.0, "is outside (0, 1]: try 0.9"),
     )
-    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", at_least(1), shown="the model's own")
+    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", at_least(2), shown="the model's own")
     attention: str = option("auto", f"Attention kernels: {', '.join(ATTENTION_BACKENDS)}.", one_of(ATTENTION_BACKENDS))
     threads: int | None = option(
         None, "CPU threads of each rank.", at_least(1), shown="all cores for a single local rank, otherwise 1"
@@ -212,7 +212,8 @@ class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
 @dataclass(frozen=True, slots=True)
 class ResolvedWorker(Resolved):
     """The same for a rank. device: "cpu" or "cuda". threads: of a CPU rank. report_steps, report_hold_s: as in `Reporter`.
-    depth: steps under way while the host plans the next. score_tokens: as in `workers.model.pooling.Uses`."""
+    depth: steps under way while the host plans the next. score_tokens: as in `workers.model.pooling.Uses`. host_ranks: that may
+    share a host, which is shared out among them."""
 
     device: str = "cpu"
     threads: int = 1
@@ -220,6 +221,7 @@ class ResolvedWorker(Resolved):
     report_hold_s: float = math.inf
     depth: int = 0
     score_tokens: tuple[int, int] | None = None
+    host_ranks: int = 1
 
 
 def _parted(pair: str) -> tuple[str, str]:

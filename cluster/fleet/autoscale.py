@@ -44,6 +44,8 @@ class Autoscaler:
                 self._step()
             except EngineError as error:  # the scheduler is being replaced, or the fleet is closing
                 logger.warning("the autoscaler skips a turn: %s", error)
+            except Exception:  # whatever it is: without this thread the number of groups stays
+                logger.exception("the autoscaler skips a turn")
 
     def _step(self) -> None:
         status = self._fleet.status()

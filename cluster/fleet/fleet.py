@@ -63,48 +63,56 @@ class Fleet:
         self._resizing: threading.Thread | None = None
 
     def start(self, progress: Progress, timeout_s: float | None = None) -> None:
-        """Scheduler and all groups side by side; returns when all are ready. timeout_s: instead of `start_timeout_s`.
+        """Scheduler and all groups side by side; returns when all are ready. Where some were taken over as they served, they go
+        on whatever becomes of the others: those that do not come up are tried again. timeout_s: instead of `start_timeout_s`.
         Errors: the first group's error."""
         config, wanted = self.config, self._wanted
         timeout_s = timeout_s or config.start_timeout_s
         deadline = time.monotonic() + timeout_s
         adopted = self._take_over(progress)
-        keepers = [self._groups.adopt(handle) for handle in adopted.begun]
+        serves = bool(adopted.groups)
+        keepers = [self._groups.adopt(handle, again=serves) for handle in adopted.begun]
         missing = max(0, wanted - self.target)
         workers = f"{missing} group(s) of {config.tensor_parallel_size} {self._device} rank(s)"
         if adopted.next_life is not None:
             self._say(f"starting the scheduler and {workers}" if missing else "starting the scheduler", progress)
         elif missing:
             self._say(f"starting {workers}", progress)
-        keepers += [self._groups.add(timeout_s) for _ in range(missing)]
+        keepers += [self._groups.add(timeout_s, again=serves) for _ in range(missing)]
         if adopted.next_life is not None:
             self.scheduler.start(config.start_timeout_s, adopted.next_life)
-        self._forget(adopted.awaited)
+        self._forget(adopted.awaited, keepers)
+        if serves:
+            self._go_on(adopted.leaving)
         if keepers:
             self._say(f"loading {config.model}", progress)
         say = in_words(progress, f"{DOWNLOADING} {config.model}")
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
             _tell_download(keepers, say)  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
         deadline = max(deadline, time.monotonic() + timeout_s)  # downloads are not counted
-        while sum(group.up for group in self.groups()) < wanted:  # the leaders have yet to greet the scheduler
-            if time.monotonic() > deadline:
+        while (up := sum(group.up for group in self.groups())) < wanted - sum(keeper.delayed for keeper in keepers):
+            if time.monotonic() > deadline:  # the leaders have yet to greet the scheduler
+                if serves:
+                    break
                 raise EngineError("the groups did not reach the scheduler in time: raise start_timeout_s")
             time.sleep(POLL_S)
-        self._ready = True
-        self._say(f"{wanted} group(s) are ready", progress)
-        self.resize(self._wanted)  # another number may have been asked for meanwhile
-        excess = self.target - self._wanted
-        for number, group in enumerate(adopted.leaving):  # its end was under way; requests may wait for one that is wanted
-            self._begin_leave(group, replace=number >= excess)
+        self._say(f"{up} group(s) are ready", progress)
+        if not serves:
+            self._go_on(adopted.leaving)
 
     def resume(self) -> bool:
-        """Keeps what another Fleet has left as it is, and starts nothing. False: there is no scheduler with a group."""
+        """Keeps what another Fleet has left as it is, and starts nothing but a group that is waited for, if there is no other.
+        False: there is no scheduler with a group."""
         adopted = self._take_over(logger.info)
-        if adopted.next_life is not None or not adopted.groups:
+        if adopted.next_life is not None or not (adopted.groups or adopted.begun or adopted.awaited):
             return False
-        for handle in adopted.begun:
+        kept = 0 if adopted.groups else 1
+        keepers = [self._groups.adopt(handle, again=True) for handle in adopted.begun[:kept]]
+        if not adopted.groups and not keepers:
+            keepers = [self._groups.add(self.config.start_timeout_s, again=True)]
+        for handle in adopted.begun[kept:]:
             handle.kill()
-        self._forget(adopted.awaited)
+        self._forget(adopted.awaited, keepers)
         self._wanted, self._ready = self.target, True
         return True
 
@@ -240,11 +248,22 @@ class Fleet:
             self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
         return adopted
 
-    def _forget(self, awaited: list[int]) -> None:
-        """Of groups that were coming up those that nobody starts any more: requests do not wait for them."""
-        for group in awaited:
-            if group not in self._keepers:
-                self.scheduler.lose(group, "the engine that started it has died")
+    def _go_on(self, leaving: Sequence[int]) -> None:
+        """With what others have asked for meanwhile, or had begun. leaving: groups that run empty."""
+        self._ready = True
+        self.resize(self._wanted)
+        excess = self.target - self._wanted
+        for number, group in enumerate(leaving):  # requests may wait for one that is wanted
+            self._begin_leave(group, replace=number >= excess)
+
+    def _forget(self, awaited: list[int], coming: Sequence[GroupKeeper]) -> None:
+        """Of groups that were coming up those that nobody starts any more: requests do not wait for them, but for those that
+        do come."""
+        forgotten = [group for group in awaited if group not in self._keepers]
+        for keeper in coming if forgotten else ():
+            self.scheduler.expect(keeper.group)
+        for group in forgotten:
+            self.scheduler.lose(group, "the engine that started it has died")
 
     def _resize(self) -> None:
         while True:
@@ -253,17 +272,31 @@ class Fleet:
                 if self._groups.closed or missing == 0 or (missing < 0 and self.config.max_groups is not None):
                     self._resizing = None
                     return
-                newest = max(self._keepers, default=0)
+                there = sorted(self._keepers)
             try:
                 if missing > 0:
                     logger.warning("%d groups were asked for: group %d is being added", self._wanted, self.add_group())
-                elif self.remove_group(newest):
-                    logger.warning("%d groups were asked for: group %d is gone", self._wanted, newest)
                 else:
-                    time.sleep(DRAIN_POLL_S)  # no other group is up yet
+                    self._remove_one(there)
             except EngineError as error:  # the scheduler is being replaced, or the fleet is closing
                 logger.warning("the number of groups cannot be changed now: %s", error)
                 time.sleep(DRAIN_POLL_S)
+            except Exception:  # whatever it is: nobody else would change it any more
+                logger.exception("the number of groups cannot be changed now")
+                time.sleep(DRAIN_POLL_S)
+
+    def _remove_one(self, there: Sequence[int]) -> None:
+        """The newest of those that are not up, if others are: nothing runs there. Else the newest. Errors: EngineError."""
+        engine = self.status().engine
+        up = {stats.group for stats in engine.groups if stats.up} if engine is not None else set()
+        down = [group for group in there if group not in up]
+        leaving = (down if up and down else there)[-1]
+        if leaving in down and up:
+            self.give_up(leaving)
+        elif not self.remove_group(leaving):
+            time.sleep(DRAIN_POLL_S)  # no other group is up yet
+            return
+        logger.warning("%d groups were asked for: group %d is gone", self._wanted, leaving)
 
     def _begin_leave(self, group: int, *, replace: bool) -> None:
         with self._lock:

@@ -27,6 +27,7 @@ PHASE_POLL_S = 0.25
 PLACEMENT_POLL_S = 1.0
 ENDED_S = 30.0
 """That a rank of which another has set the loop running is asked at a time whether it has ended."""
+ANSWER_S = 5.0
 KIND_SHARE = 0.001
 """Of the one that every node with GPUs has of the resource that names their kind: as many as Ray itself asks for."""
 
@@ -64,6 +65,8 @@ class GroupHandle:
         """It ran already when it came into these hands."""
         self.waits = False
         """It has been adopted, and has no scheduler."""
+        self._silent = False
+        """It has been adopted, and nobody knows yet whether its loops run."""
         self.runs: list[Any] = []
         self.phase = GroupStart(group, "placing")
 
@@ -73,6 +76,9 @@ class GroupHandle:
         deadline: by `time.monotonic`; downloads are not counted. Errors: what a rank raised; EngineError when the time is over;
         `kill` is the caller's.
         """
+        if self._silent and self._runs_already(scheduler, deadline):
+            self.rejoin(scheduler, deadline)
+            return
         builds, deadline = self.begin(deadline)
         self._await_all(builds, deadline)
         self._check()
@@ -139,6 +145,12 @@ class GroupHandle:
             self._lasting.keep(rank)
         self.placed = True
 
+    def adopt_silent(self, remains: Remains) -> None:
+        """Takes over a group whose leader does not answer for now: `start` asks it, and does whatever is left to do. Errors: as
+        `adopt`."""
+        self.adopt_begun(remains)
+        self._silent = True
+
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
         """The ranks go on as they are for another scheduler, as the next epoch; returns once their leader has greeted it.
 
@@ -149,6 +161,14 @@ class GroupHandle:
         self._check()
         self.epoch += 1
         _get(self._ranks[0].rejoin.remote(scheduler, self.epoch), deadline)
+
+    def steps(self) -> bool:
+        """Whether its leader is in a step that may take longer yet: a first one of its kind, that compiles."""
+        try:
+            busy_s, patience_s = _get(self._ranks[0].busy.remote(), time.monotonic() + ANSWER_S)
+        except Exception:
+            return False
+        return bool(busy_s < patience_s)
 
     def hold_on(self) -> None:
         """Says to a leader without a scheduler that there will be another. Does not wait."""
@@ -179,6 +199,18 @@ class GroupHandle:
     def _check(self) -> None:
         if self._lasting is not None:
             self._lasting.check()
+
+    def _runs_already(self, scheduler: SchedulerAddress, deadline: float) -> bool:
+        """Of one that has not answered before. Errors: as `start`; EngineError for one whose ranks have another secret."""
+        said = _get(self._ranks[0].handover.remote(), deadline)
+        if said is None:
+            raise EngineError(f"group {self.group} ended while nobody kept it")
+        if said.token not in ("", scheduler.token):
+            raise EngineError(f"group {self.group} has another secret than the scheduler that was started meanwhile")
+        self.epoch, self._silent = max(self.epoch, said.epoch), False
+        if said.token:
+            self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
+        return bool(said.token)
 
     def _fetch(self, patience_s: float) -> float:
         """The node gets what it lacks of the checkpoint; returns the seconds that it took: as many as it takes, while it goes

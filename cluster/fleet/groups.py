@@ -42,22 +42,24 @@ class Groups:
         """A life of it, not started yet."""
         return GroupHandle(group, epoch, self._config, self._resolved, self._log_format, self._owner)
 
-    def add(self, start_timeout_s: float, *, added: bool = False) -> GroupKeeper:
-        """Starts one of the lowest number that is free. added: beside those that serve. Errors: EngineError at the end."""
+    def add(self, start_timeout_s: float, *, added: bool = False, again: bool = False) -> GroupKeeper:
+        """Starts one of the lowest number that is free. added, again: as of a keeper. Errors: EngineError at the end."""
         with self._lock:
             group = next(number for number in range(len(self.keepers) + 1) if number not in self.keepers)
-            keeper = self._keep(group, self.epochs.get(group, 0), partial(self.handle, group), start_timeout_s, added=added)
+            keeper = self._keep(
+                group, self.epochs.get(group, 0), partial(self.handle, group), start_timeout_s, added=added, again=again
+            )
         self._start(keeper)
         return keeper
 
-    def adopt(self, handle: GroupHandle) -> GroupKeeper:
-        """Keeps one that runs, or comes up."""
+    def adopt(self, handle: GroupHandle, *, again: bool = False) -> GroupKeeper:
+        """Keeps one that runs, or comes up. again: as of a keeper."""
 
         def new_handle(epoch: int) -> GroupHandle:
             return handle if epoch == handle.epoch else self.handle(handle.group, epoch)
 
         with self._lock:
-            keeper = self._keep(handle.group, handle.epoch, new_handle, self._config.start_timeout_s)
+            keeper = self._keep(handle.group, handle.epoch, new_handle, self._config.start_timeout_s, again=again)
         self._start(keeper)
         return keeper
 
@@ -88,7 +90,7 @@ class Groups:
                 keeper.close()
 
     def _keep(
-        self, group: int, epoch: int, new_handle: NewHandle, start_timeout_s: float, *, added: bool = False
+        self, group: int, epoch: int, new_handle: NewHandle, start_timeout_s: float, *, added: bool = False, again: bool = False
     ) -> GroupKeeper:
         """Holding the lock."""
         if self.closed:
@@ -96,7 +98,7 @@ class Groups:
         keeper = self.keepers[group] = GroupKeeper(
             group, epoch, new_handle, self._scheduler,
             restarts=Restarts(self._config.max_group_restarts, self._config.restart_window_s),
-            start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
+            start_timeout_s=start_timeout_s, on_gone=self._gone, added=added, again=again,
         )  # fmt: skip
         return keeper
 

@@ -23,7 +23,8 @@ REASON_S = 2.0
 
 JOIN_TIMEOUT_S = 30.0
 REJOIN_S = 30.0
-"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool."""
+"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool. One in a step that
+may take longer has so long again."""
 
 NewHandle = Callable[[int], GroupHandle]
 """Epoch -> the group's next life, not started yet."""
@@ -34,7 +35,7 @@ class GroupKeeper:
     `restarts` says. When the scheduler dies its ranks go on for the next one; should they not, they start again for free.
 
     added: nobody asks `up` for the error of the first start. on_gone: called once, from the keeper's thread, when such a group
-    has not come up: it is not tried again.
+    has not come up: it is not tried again. again: others serve, so its first start is tried again as any other is.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class GroupKeeper:
         start_timeout_s: float,
         on_gone: Callable[[int, str], None],
         added: bool = False,
+        again: bool = False,
     ) -> None:
         self.group = group
         self._new_handle = new_handle
@@ -55,7 +57,9 @@ class GroupKeeper:
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
         self._on_gone = on_gone
-        self._added = added
+        self._added, self._tries_again = added, again
+        self.delayed = False
+        """Its first start has failed, and is tried again."""
         self._handle = new_handle(epoch)
         self._scheduler_epoch = -1 if self._handle.waits else scheduler.epoch  # of the scheduler that this life serves
         self._closing = threading.Event()
@@ -75,8 +79,8 @@ class GroupKeeper:
 
     @property
     def waits_for_room(self) -> bool:
-        """Whether its first start has found no place yet."""
-        return not self._decided.is_set() and not self._handle.placed
+        """Whether its start has found no place yet."""
+        return self._error is None and not self._handle.placed
 
     def start(self) -> None:
         self._thread.start()
@@ -107,18 +111,23 @@ class GroupKeeper:
     # ---- the thread
 
     def _keep(self) -> None:
+        reason: str | None = None
         try:
             if not self._handle.adopted:
                 if not self._added:  # the scheduler itself is only starting
                     self._handle.place(time.monotonic() + self._start_timeout_s)
                 self._bring_up(self._scheduler.expect(self.group))
         except BaseException as error:
-            self._error = error
+            if self._tries_again and isinstance(error, Exception) and not self._closing.is_set():
+                reason, self.delayed = f"group {self.group} did not come up: {error}", True
+            else:
+                self._error = error
         self._decided.set()
         if self._added and self._error is not None and not self._closing.is_set():
             logger.error("group %d did not come up: %s", self.group, self._error)
             self._give_up(f"group {self.group} did not come up: {self._error}")
-        reason = self._watch() if self._error is None else None
+        if reason is None and self._error is None:
+            reason = self._watch()
         while reason is not None:
             self._handle.kill()
             reason = self._again(reason)
@@ -131,18 +140,28 @@ class GroupKeeper:
     def _watch(self) -> str | None:
         """Waits for the group's end; None when the keeper itself is closed."""
         while not self._closing.is_set():
-            reason = self._handle.wait(POLL_S)
-            if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
-                reason = self._handle.wait(REASON_S) or (self._rejoin() if fenced.cut else fenced.reason)
-            if reason is None and self._renewing.is_set():
-                reason = "it was asked to start anew"
-            elif reason is None and not self._scheduler.up:
-                self._handle.hold_on()
-            elif reason is None and self._scheduler.epoch != self._scheduler_epoch:
-                reason = self._rejoin()
+            try:
+                reason = self._look()
+            except Exception:  # whatever it is: without this thread its death is noticed by nobody
+                if not self._closing.wait(POLL_S):
+                    logger.exception("group %d could not be looked after; trying on", self.group)
+                continue
             if reason is not None and not self._closing.is_set():
                 return reason
         return None
+
+    def _look(self) -> str | None:
+        """Why it has ended, as far as is known; None while it runs."""
+        reason = self._handle.wait(POLL_S)
+        if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
+            reason = self._handle.wait(REASON_S) or (self._rejoin() if fenced.cut else fenced.reason)
+        if reason is None and self._renewing.is_set():
+            reason = "it was asked to start anew"
+        elif reason is None and not self._scheduler.up:
+            self._handle.hold_on()
+        elif reason is None and self._scheduler.epoch != self._scheduler_epoch:
+            reason = self._rejoin()
+        return reason
 
     def _rejoin(self) -> str | None:
         """The ranks go on for the scheduler that is up: theirs has gone, or is cut off. Why they do not; None if they do, or
@@ -155,6 +174,8 @@ class GroupKeeper:
                 return None  # the cluster is closing
             if live.epoch != last:
                 deadline, last = time.monotonic() + REJOIN_S, live.epoch
+            elif time.monotonic() > deadline and self._handle.steps():
+                deadline = time.monotonic() + REJOIN_S
             elif time.monotonic() > deadline:  # and the scheduler answers
                 return f"group {self.group} did not come to the scheduler within {REJOIN_S:g} s: {why}"
             try:

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
 from cluster.fleet.ownership.owner import Owner
+from cluster.fleet.ownership.remains import answer_of
 from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.protocol.silence import Silence
 from scheduler.server.actor import Handover, SchedulerActor
@@ -85,7 +86,7 @@ class SchedulerKeeper:
     def adopt(self, actor: Any, life: int) -> Handover | None:
         """Takes over the scheduler that another has left, instead of `start`. None if it does not answer, or never listened."""
         try:
-            handover: Handover | None = ray.get(actor.handover.remote(), timeout=ADOPT_TIMEOUT_S)
+            handover: Handover | None = answer_of(actor.handover, ADOPT_TIMEOUT_S)
         except ray.exceptions.RayError:
             return None
         if handover is None:
@@ -244,7 +245,12 @@ class SchedulerKeeper:
     def _watch(self) -> None:
         """One life after the other."""
         while not self._closing.is_set() and (live := self._live) is not None:
-            reason = self._attend(live)
+            try:
+                reason = self._attend(live)
+            except Exception:  # whatever it is: without this thread its death is noticed by nobody
+                logger.exception("the scheduler could not be looked after; trying on")
+                self._closing.wait(RESTART_PAUSE_S)
+                continue
             self._check()
             if not self._closing.is_set():
                 logger.error("the scheduler %s; starting another", reason)

@@ -102,10 +102,11 @@ class Histogram:
 
     @classmethod
     def read(cls, tallies: Iterable[TalliedMetric], metric: RequestMetric) -> "Histogram":
-        """All zeros where nothing has been observed yet."""
-        found = next((tallied for tallied in tallies if tallied.name == metric.name), None)
+        """All zeros where nothing has been observed yet, or by front ends of another version only, whose buckets are others."""
+        buckets = len(metric.bounds) + 1
+        found = next((each for each in tallies if each.name == metric.name and len(each.buckets) == buckets), None)
         if found is None:
-            return cls(metric.bounds, (0,) * (len(metric.bounds) + 1), 0.0)
+            return cls(metric.bounds, (0,) * buckets, 0.0)
         return cls(metric.bounds, found.buckets, found.total)
 
     @property

@@ -183,13 +183,12 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         owns_ray = connect_ray(engine, cpus + config.serve.replicas + SPARE_CPUS, view.say)
         ending = Ending()
         try:
-            if owns_ray:
-                _begin_groups(config)
+            version = _begin_groups(config) if owns_ray else None
             heavy.join()
             from deploy.serving import applications
 
             view.say("starting Ray Serve: its controller and proxies")
-            with _application(config, keys, owns_ray, ending) as (owner, front):
+            with _application(config, keys, owns_ray, ending, version) as (owner, front):
 
                 def status() -> ClusterStatus:
                     now: ClusterStatus = owner.status.remote().result(timeout_s=CALL_TIMEOUT_S)
@@ -248,21 +247,24 @@ def _import_doors() -> None:
     import deploy.doors.http.app  # noqa: F401
 
 
-def _begin_groups(config: Config) -> None:
-    """The ranks' processes come up beside Serve's."""
+def _begin_groups(config: Config) -> str:
+    """The ranks' processes come up beside Serve's. Returns what version they are of."""
     from cluster.fleet.early import begin_groups
     from cluster.fleet.estate import estate_of, version_of
 
     engine, limits = config.engine, config.serve
     threads = own_threads(engine)
-    estate = estate_of(limits.app_name, version_of(engine, limits, threads), engine)
-    begin_groups(engine, threads, limits.log_format, estate)
+    version = version_of(engine, limits, threads)
+    begin_groups(engine, threads, limits.log_format, estate_of(limits.app_name, version, engine))
+    return version
 
 
 @contextlib.contextmanager
-def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: Ending) -> Iterator[tuple[Any, ...]]:
+def _application(
+    config: Config, keys: tuple[str, ...], owns_ray: bool, ending: Ending, version: str | None
+) -> Iterator[tuple[Any, ...]]:
     """The application on Serve, and one for each further model, while they start and serve: handles of the first's Engine and
-    of the front ends. Errors: ConfigError if another is there."""
+    of the front ends. version: as of `application`. Errors: ConfigError if another is there."""
     from ray import serve as ray_serve
 
     from deploy.serving import applications
@@ -279,7 +281,7 @@ def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: 
     applications.check_vacant(limits)
     applications.start_proxies(limits)
     try:
-        deploy(application(config.engine, limits, opened, threads(config.engine)), limits)
+        deploy(application(config.engine, limits, opened, threads(config.engine), version=version), limits)
         for model in config.further:
             made = further_application(model, threads(model.engine))
             deploy_further(made, further_name(limits.app_name, model.name))

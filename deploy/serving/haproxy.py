@@ -30,7 +30,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 LOOPBACK = "127.0.0.1"
 NARROWED = (
@@ -81,6 +83,9 @@ SHORT_S = 1.0
 ASK_TIMEOUT_S = 1.0
 HUNG_S = 10.0
 """Without an answer at its admin socket; a short stop is waited for, as whoever is connected does."""
+
+STOPPED_S = 5.0
+"""That a guard may be stopped while others wait for it."""
 
 ALONE_S = 60.0
 """That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
@@ -198,6 +203,7 @@ def guard(binary: str, file: Path, first: int) -> None:
     command = [binary, "-db", "-f", str(configuration)]
     watches = [Watchdog(file), Watchdog(configuration)]
     second, started_s = _take_over(command, configuration), time.monotonic()
+    first = _noted(file.parent / "first.pid") or first  # it may have taken the turn of a later guard
     needed_s = time.monotonic()
     while second is not None and file.exists():
         time.sleep(GUARD_POLL_S)
@@ -213,6 +219,7 @@ def guard(binary: str, file: Path, first: int) -> None:
             if time.monotonic() - started_s < SHORT_S:
                 time.sleep(SHORT_S)  # it cannot start, or not yet
             second, started_s = _take_over(command, configuration), time.monotonic()
+            first = _noted(file.parent / "first.pid") or first
         if _is_haproxy(first, file) and _parent(first) != 1:
             needed_s = time.monotonic()
         elif time.monotonic() - needed_s > ALONE_S:
@@ -228,8 +235,7 @@ def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | Non
     """Starts a second HAProxy and waits until it serves, has ended or hangs. It has the doors of the one before, and then tells
     that one to end; which that is, is noted. file: its configuration. None if it is another guard's turn by now."""
     note, watch = file.parent / "second.pid", Watchdog(file)
-    with (file.parent / "second.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(file.parent):
         if _noted(file.parent / "guard.pid") != os.getpid():
             return None
         before = _noted(note)
@@ -243,6 +249,35 @@ def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | Non
         if second.poll() is None:
             _note(note, second.pid)
         return second
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other guard of this folder is inside. One that is stopped there for good is killed for those who wait; whoever does so
+    takes its turn, if it was that one's."""
+    holder, turn, seen = folder / "second.holder", folder / "guard.pid", 0
+    with (folder / "second.lock").open("w") as lock:
+        while not _locked(lock):
+            time.sleep(START_POLL_S)
+            inside = _noted(holder)
+            seen = seen + 1 if inside is not None and _is_stopped(inside) else 0
+            if inside is not None and seen > STOPPED_S / START_POLL_S:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(inside, signal.SIGKILL)
+                seen = 0
+                if _noted(turn) == inside:
+                    _note(turn, os.getpid())
+        _note(holder, os.getpid())
+        yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether it is ours now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _let_go(second: "subprocess.Popen[bytes]", file: Path, watch: "Watchdog") -> None:
@@ -313,6 +348,14 @@ def _is_haproxy(process: int, file: Path) -> bool:
     """Whether that process runs by this configuration: another may have its number by now."""
     try:
         return str(file).encode() in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _is_stopped(process: int) -> bool:
+    """By a signal (SIGSTOP): nothing that merely waits, or is kept from a core, looks like that."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
 

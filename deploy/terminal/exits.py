@@ -10,11 +10,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 import typer
+
+from deploy.terminal.writing import STDOUT
 
 AGAIN_S = 0.1
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -84,7 +86,7 @@ def reported_errors(debug: bool) -> Iterator[None]:
         typer.echo(f"manta: {'terminated' if _terminated() else 'interrupted'}", err=True)
         raise typer.Exit(TERMINATED if _terminated() else INTERRUPTED) from None
     except BrokenPipeError:  # `manta generate ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         raise typer.Exit(FAILED) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -127,6 +129,37 @@ def end_by(number: int) -> NoReturn:
     if termination is not None and number == signal.SIGTERM:
         termination.asked = True
     raise KeyboardInterrupt
+
+
+def run(app: Callable[[], object]) -> NoReturn:
+    """A command line, whose commands report their errors: what is left is what of --help, or at the end, cannot be written."""
+    code = DONE
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except OSError as error:
+        if error.filename != STDOUT:
+            raise
+        code = _unwritten(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _unwritten(error)
+        _drop_stdout()  # the interpreter would try again
+    leave(code)
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code of a command whose stdout takes nothing more."""
+    if error.errno != errno.EPIPE:
+        typer.echo(f"manta: error: {_words(error)}", err=True)
+    return FAILED
+
+
+def _drop_stdout() -> None:
+    """Nobody reads what is left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave(code: int) -> NoReturn:

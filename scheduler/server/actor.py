@@ -17,6 +17,7 @@ from scheduler.core import SchedulerCore
 from scheduler.logs import configure
 from scheduler.placement import why
 from scheduler.protocol.orphans import Estate, OwnerWatch
+from scheduler.protocol.sentinel import watch_this_process
 from scheduler.server.server import SchedulerServer
 from scheduler.server.stats import ClusterStatus
 from scheduler.server.vitals import Fenced
@@ -60,6 +61,7 @@ class SchedulerActor:
         estate: Estate | None = None,
     ) -> None:
         configure(log_format, role="scheduler")
+        watch_this_process()
         if config.log_decisions:
             why.show()
         self._told = SchedulerSettings(config, resolved, bounds, log_format)

@@ -15,11 +15,12 @@ class Tallies:
         self._sums: dict[tuple[str, tuple[tuple[str, str], ...]], TalliedMetric] = {}
 
     def add(self, increments: Iterable[TalliedMetric]) -> None:
-        """Errors: ValueError for a histogram whose buckets are not those of the sum so far (another version's)."""
+        """A histogram whose buckets are not those of the sum so far begins anew: they are another version's, which would be cut
+        off again and again if this were an error."""
         for new in increments:
             key = new.name, new.labels
             old = self._sums.get(key)
-            self._sums[key] = new if old is None else _sum(old, new)
+            self._sums[key] = new if old is None or len(old.buckets) != len(new.buckets) else _sum(old, new)
 
     def take(self) -> tuple[TalliedMetric, ...]:
         """The sums since the last call; they begin anew."""

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.chaos`, its short form: no fault of a rank, no pause of the scheduler, and no cut loses a stream
-or a token.
+"""`python -m benchmarks.chaos`, its short form: no fault of a rank, no stop of the scheduler or the engine, and no cut loses a
+stream or a token.
 
 What is promised of each fault: docs/reliability.md.
 """
@@ -15,7 +15,9 @@ from deploy.config.load import EMBEDDED_MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SURVIVED = ("kill:leader", "stop:peer", "cut:peer", "pause:scheduler", "cut:scheduler", "cut:engine")
+SURVIVED = (
+    "kill:leader", "stop:peer", "cut:peer", "pause:scheduler", "stop:scheduler", "cut:scheduler", "stop:engine", "cut:engine",
+)  # fmt: skip
 STREAMS = 8
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import ray
 from benchmarks.models.zoo import make
 from cluster.config import EngineConfig
 from cluster.engine import EngineError
+from cluster.fleet import adoption
 from cluster.fleet.group import rank_resources
+from cluster.fleet.ownership.remains import Found, Remains
 from cluster.launch import plan
 from cluster.resolve import resolve
+from scheduler.protocol.orphans import Estate
 
 TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
 
@@ -89,6 +93,67 @@ def test_gpus_of_another_kind_are_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     assert plan(EngineConfig(model=TINY, accelerator_type="A10G", groups=4)).device == "cuda"
     with pytest.raises(EngineError, match=r"0\.001 accelerator_type:H100 .* 0 accelerator_type:H100: room for 0 group"):
         plan(EngineConfig(model=TINY, accelerator_type="H100"))
+
+
+class Asked:
+    """An actor of an estate, and what it answers; None: it has died. Ray, played, takes a question for its answer. cut: the
+    first time the connection to it is."""
+
+    def __init__(self, answer: Any, *, cut: bool = False) -> None:
+        self.told = SimpleNamespace(remote=lambda: self.get)
+        self._answer, self._cut = answer, cut
+
+    def get(self) -> Any:
+        if self._cut:
+            self._cut = False
+            raise ray.exceptions.ActorUnavailableError("the connection was cut", b"\0" * 16)
+        if self._answer is None:
+            raise ray.exceptions.ActorDiedError
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "leaders", "device"),
+    [("cuda", [], "cuda"), (None, [None, "cuda"], "cuda"), ("", [None, "cuda"], "cuda"), ("", [None], ""), (None, [], "")],
+)
+def test_what_runs_goes_on_as_it_was_settled_when_a_node_has_gone(
+    scheduler: str | None, leaders: list[str | None], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next engine is not to wait for the node: what is left serves, and needs somebody to look after it. scheduler: "" has
+    died."""
+    config, estate = EngineConfig(model=TINY, groups=2), Estate("manta-app", "1", 60.0)
+    settled = resolve(config, "cuda")
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "get", lambda question, **_: question())
+    monkeypatch.setattr(ray, "wait", lambda questions, **_: (questions[:1], questions[1:]))
+    told = SimpleNamespace(resolved=settled) if scheduler else None
+    monkeypatch.setattr(adoption, "latest_scheduler", lambda *_: None if scheduler is None else Asked(told, cut=True))
+    groups = {(group, 0): Remains(group, 0, {0: str(group)}) for group in range(len(leaders))}
+    monkeypatch.setattr(adoption, "find", lambda _: {"1": Found(groups=groups), "2": Found()})
+    monkeypatch.setattr(adoption, "actor_of", lambda _, name: Asked(settled if leaders[int(name)] else None))
+    if device:
+        assert plan(config, estate=estate).device == device
+    else:
+        with pytest.raises(EngineError, match="room for 1 group"):
+            plan(config, estate=estate)
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts", "ranks"),
+    [
+        ({"groups": 6}, [8.0, 2.0, 1.0], 6), ({"groups": 11}, [8.0, 2.0, 1.0], 8),
+        ({"groups": 4, "tensor_parallel_size": 2}, [5.0, 5.0], 4), ({"max_groups": 3}, [0.0], 1),
+    ],
+)  # fmt: skip
+def test_a_host_is_shared_out_among_the_ranks_that_it_has_room_for(
+    options: dict[str, Any], hosts: list[float], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cores, processes that compile, and memory: those of other hosts take nothing of it."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": gpus, "CPU": 64.0}} for gpus in hosts])
+    config = EngineConfig(model=TINY, device="cuda", **options)
+    assert plan(config).host_ranks == ranks
+    assert resolve(config, "cuda").host_ranks == config.ranks, "of one host, where nothing else is known"
 
 
 @pytest.mark.parametrize(("options", "other"), [({"device": "cpu"}, "device=cpu"), ({"local": True}, "local")])

@@ -25,11 +25,21 @@ PATIENCE_S = 180.0
 def own_ray(cpus: int) -> Iterator[None]:
     """This process's own, with as few processes as those that Manta starts."""
     with without_idle_processes():
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address=HOST)
+        try:
+            _init(cpus)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()  # Ray gives a node 30 s to start in, which an overloaded machine may not have
+            _init(cpus)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(cpus: int) -> None:
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address=HOST)
 
 
 @contextlib.contextmanager
@@ -42,23 +52,37 @@ def ray_head(folder: Path, cpus: int, *options: str, **environment: str) -> Iter
     if not any(option.startswith("--autoscaling-config") for option in options):
         command += ["--no-monitor"]  # the autoscaler
     command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", f"--dashboard-agent-listen-port={agent_port}"]
-    log = (folder / "ray.log").open("w")
-    process = subprocess.Popen(
-        [*command, "--disable-usage-stats", *options], stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield _address(process, folder / "ray.log")
-    finally:
-        below = descendants(process.pid)
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=PATIENCE_S)
-        for pid in wait_gone(below, patience_s=5.0):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.kill()
-        log.close()
+    command += ["--disable-usage-stats", *options]
+    with contextlib.ExitStack() as stack:
+        try:
+            address = stack.enter_context(_started(command, folder / "ray.log", environment))
+        except HeadEnded:  # likewise
+            address = stack.enter_context(_started(command, folder / "ray.log", environment))
+        yield address
+
+
+class HeadEnded(AssertionError):
+    """Before it was up; and what it has said."""
+
+
+@contextlib.contextmanager
+def _started(command: list[str], file: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Errors: HeadEnded."""
+    with file.open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
+        )
+        try:
+            yield _address(process, file)
+        finally:
+            below = descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=PATIENCE_S)
+            for pid in wait_gone(below, patience_s=5.0):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.kill()
 
 
 @contextlib.contextmanager
@@ -74,10 +98,11 @@ def autoscaling_ray(folder: Path, head_cpus: int, worker_cpus: int, max_workers:
 
 
 def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """From what `ray start` says: "--address='HOST:PORT'"."""
+    """From what `ray start` says: "--address='HOST:PORT'". Errors: HeadEnded."""
     deadline = time.monotonic() + PATIENCE_S
     while "--address='" not in (said := log.read_text()):
-        assert process.poll() is None, said
+        if process.poll() is not None:
+            raise HeadEnded(log.read_text())
         assert time.monotonic() < deadline, said
         time.sleep(0.2)
     return said.partition("--address='")[2].partition("'")[0]

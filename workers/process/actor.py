@@ -26,8 +26,8 @@ REMOVAL_S = 10.0
 """For Ray to end this process with its placement group, before it ends itself."""
 
 CALLS = 12
-"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `hold_on`, `keep` and `ended`; likewise those of an owner
-that was cut off."""
+"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `busy`, `told`, `hold_on`, `keep` and `ended`; likewise
+those of an owner that was cut off."""
 
 
 class GroupHandover(NamedTuple):
@@ -60,6 +60,7 @@ class WorkerActor:
         entered(epoch)
         from workers.process.life import RankLife
 
+        self._resolved = resolved
         self._end: Future[str] = Future()
         self._token = ""
         self._placement = get_current_placement_group()
@@ -109,6 +110,10 @@ class WorkerActor:
 
         self._life.terms.call(Term(scheduler, epoch))
 
+    def busy(self) -> tuple[float, float]:
+        """Seconds in the present step, and how many it may take."""
+        return self._life.busy()
+
     def handover(self) -> GroupHandover | None:
         """Rank 0 only. None: its loop has ended."""
         return None if self._end.done() else GroupHandover(self._life.epoch, self._token)
@@ -121,6 +126,10 @@ class WorkerActor:
         """For whoever has not called `run` himself: waits for its end. What it has returned or raised; None while it runs."""
         wait([self._end], timeout_s)
         return self._end.result() if self._end.done() else None
+
+    def told(self) -> ResolvedWorker:
+        """What was settled when its group began."""
+        return self._resolved
 
     def keep(self) -> None:
         """An owner lives."""

@@ -104,13 +104,13 @@ def build_rank(
     if comm.rank == 0:
         logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))
     shape = model_config.shard(comm.rank, comm.size)
-    dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
+    dtype = _choose_dtype(config, resolved, model_config, comm, device, arithmetic or Arithmetic.of(device))
     kv_dtype = kv_dtype_name(config.kv_dtype, dtype)
     layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype)
     scales = read_scales(config.model, shape.layers) if layout.scaled else None
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
-    threads = max(resolved.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks))
+    threads = max(resolved.threads, min(MASK_THREADS, (os.cpu_count() or 1) // resolved.host_ranks))
     constraints = Constraints(read, vocabulary, threads)
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
@@ -158,8 +158,9 @@ def _whose(config: WorkerConfig, model: DecoderConfig) -> str:
 
 
 def _choose_dtype(
-    config: WorkerConfig, model: DecoderConfig, comm: Communicator, device: torch.device, arithmetic: Arithmetic
-) -> torch.dtype:
+    config: WorkerConfig, resolved: ResolvedWorker, model: DecoderConfig, comm: Communicator, device: torch.device,
+    arithmetic: Arithmetic,
+) -> torch.dtype:  # fmt: skip
     """The same on all ranks: as told, or what the weakest processor and the smallest memory of the group ask for."""
     if config.dtype != "auto":
         return torch_dtype(config.dtype)
@@ -167,7 +168,7 @@ def _choose_dtype(
         stored = checkpoint.stored()
     least = partial(_least, comm, device)
     together = replace(arithmetic, bfloat16=bool(least(arithmetic.bfloat16)), float16=bool(least(arithmetic.float16)))
-    share = int(_memory("MemTotal", "SC_PHYS_PAGES") * WIDE_WEIGHTS_FRACTION) * comm.size // config.ranks
+    share = int(_memory("MemTotal", "SC_PHYS_PAGES") * WIDE_WEIGHTS_FRACTION) * comm.size // resolved.host_ranks
     room = least(min(share, _available_memory()))
     choice = choose(model.dtype, stored, together, config.max_num_seqs, room)
     if comm.rank == 0:
@@ -186,7 +187,7 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, PoolSizes,
     phase(MEASURING, 0, 0)
     memory = config.kv_memory
     if memory is None:
-        memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks
+        memory = int(_available_memory() * CPU_KV_FRACTION) // spec.resolved.host_ranks
     sizes = _agree_on_blocks(comm, spec.sizes_in(memory), device)
     pools, kinds = spec.pools(sizes), spec.kinds
     of_kinds = [range(shape.layers)] if kinds is None else [kinds.layers(narrow) for narrow in (False, True)]

@@ -83,6 +83,10 @@ class RankLife:
         """Of the group, as far as this rank knows."""
         return self._epoch
 
+    def busy(self) -> tuple[float, float]:
+        """Seconds in the present step of this rank, and how many it may take; (0, 0) between steps, and before the first."""
+        return (0.0, 0.0) if self._built is None else self._built.rank.pulse.busy()
+
     def open(self) -> Rendezvous:
         """Rank 0 only: opens the ports at which its peers meet it. Asked again, by whoever has taken the group over, they are
         the same."""

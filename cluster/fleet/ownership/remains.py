@@ -7,12 +7,15 @@ Imports ray.
 """
 
 import contextlib
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
+
+AGAIN_S = 0.25
 
 
 @dataclass(slots=True)
@@ -72,6 +75,18 @@ def actor_of(namespace: str, name: str) -> Any:
         return ray.get_actor(name, namespace=namespace)
     except AssertionError as error:  # Ray's own: it was the last one of its job, of which nothing is known any more
         raise ValueError(f"{name} has died, and all else of its job") from error
+
+
+def answer_of(method: Any, timeout_s: float) -> Any:
+    """Of an actor, which is asked anew where only the connection to it was cut. Errors: Ray's."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(method.remote(), timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(AGAIN_S)
 
 
 def end_group(namespace: str, remains: Remains) -> None:

@@ -29,6 +29,7 @@ from deploy.config.load import ModelSettings, reject_unknown
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.openai.responses.store.shared import end_responses
 from scheduler.logs import configure
+from scheduler.protocol.sentinel import watch_this_process
 from scheduler.server.stats import ClusterStatus
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class EngineReplica:
         self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str, *, further: bool = False
     ) -> None:  # fmt: skip
         configure(limits.log_format, role="engine")
+        watch_this_process()
         self._version = version
         self._told = engine, limits, threads
         self._further = further
@@ -71,7 +73,7 @@ class EngineReplica:
         self._autoscaler: Autoscaler | None = None
         self._application = serve.get_replica_context().app_name
         self._estate = estate_of(self._application, version, engine)
-        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, self._estate)
+        self._fleet = Fleet(engine, plan(engine, threads, self._estate), self._fail, limits, limits.log_format, self._estate)
         self._roll: Roll | None = None
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()

@@ -35,6 +35,7 @@ from deploy.serving.replicas.discovery import Discovery, turn_of
 from deploy.status.routes import status_routes
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
+from scheduler.protocol.sentinel import watch_this_process
 from workers.model.sources.find import pinned
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Ingress(GrpcIngress):
         self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, version: str
     ) -> None:
         configure(limits.log_format, role="ingress")
+        watch_this_process()
         import_without_torch()
         model = ServedModel.of(config, limits)
         name = serve.get_replica_context().app_name
@@ -124,11 +126,13 @@ class Ingress(GrpcIngress):
 
 
 def application(
-    engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None
-) -> Application:
-    """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says."""
+    engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None,
+    version: str | None = None,
+) -> Application:  # fmt: skip
+    """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says. version: of all that,
+    where it is known."""
     engine = pinned(engine)
-    version = version_of(engine, limits, threads)
+    version = version or version_of(engine, limits, threads)
     owner = engine_deployment(groups or engine.groups, GRACE_S)
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,

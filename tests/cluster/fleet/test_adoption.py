@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from benchmarks.chaos.faults import cut
 from cluster.engine import EngineError, OnDeltas, OnFailure
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.ownership.lasting import Lasting
-from cluster.fleet.ownership.remains import end, find, latest_scheduler
+from cluster.fleet.ownership.remains import Found, end, find, latest_scheduler
 from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
@@ -61,8 +61,12 @@ class Owner:
         self._log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[3])
-        until(f"it is not {said}", lambda: said in self.said or self.process.poll() is not None)
-        assert said in self.said, self.said
+        try:
+            until(f"it is not {said}", lambda: said in self.said or self.process.poll() is not None)
+            assert said in self.said, self.said
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def said(self) -> list[str]:
@@ -239,6 +243,30 @@ def test_a_group_that_is_cut_off_while_nobody_owns_it_comes_back_with_the_next_o
         assert "took over the scheduler and 2 group(s)" in second.said
         assert tokens(submit(opened)) == expected
         assert all_named(WORKER, 2) == ranks, "no weights were read again"
+
+
+def test_a_group_that_has_lost_its_place_keeps_the_next_owner_from_nothing(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
+    """As with its node: the other one serves and is looked after, and it comes back where there is a place again."""
+    first = own(FOREVER_S)
+    ranks = all_named(WORKER, 2)
+    with front_end() as opened:
+        first.kill()
+        remains = find(NAMESPACE)[version(config())]
+        end(NAMESPACE, Found(groups={key: group for key, group in remains.groups.items() if key[0] == 1}))
+        place = placement_group([{"CPU": 5}])
+        assert place.wait(PATIENCE_S)
+        try:
+            second = own(FOREVER_S, start_timeout_s=20)
+            assert "1 group(s) are ready" in second.said
+            (left,) = all_named(WORKER, 1)
+            assert left in ranks
+            assert tokens(submit(opened)) == expected
+        finally:
+            remove_placement_group(place)
+        until("it does not come back", lambda: len(named(WORKER)) == 2)
+        assert tokens(submit(opened)) == expected
 
 
 def test_an_owner_that_was_stopped_ends_once_another_has_come(own: Callable[..., Owner], expected: list[list[int]]) -> None:

@@ -62,6 +62,9 @@ class Life:
         if not serves:
             raise ConnectionError("no scheduler listens there")
 
+    def steps(self) -> bool:
+        return False
+
     def hold_on(self) -> None:
         self.told += 1
 

@@ -42,7 +42,7 @@ class Version:
     def groups(self) -> tuple[GroupStats, ...]:
         if self.faults:
             self.faults -= 1
-            raise EngineError("the scheduler is being replaced")
+            raise (EngineError("the scheduler is being replaced"), RuntimeError("what is this?"))[self.faults % 2]
         return tuple(GroupStats(group, up, 8, 8, 0, 0, 0) for group, up in self.up.items())
 
     def status(self) -> ClusterStatus:
@@ -107,6 +107,29 @@ def test_where_there_is_none_an_old_group_makes_room(roll: Callable[..., Roll]) 
 def test_the_only_group_goes_where_there_is_room_for_no_other(roll: Callable[..., Roll]) -> None:
     new, old = Version({0: False}, wanted=1), Version({0: True}, front_ends=1)
     new.waits_for_room = True
+    roll(new, old)
+    until("nothing goes on", lambda: old.gone == [0])
+
+
+def test_the_only_group_that_comes_back_does_so_before_it_makes_room(roll: Callable[..., Roll]) -> None:
+    """Its requests wait for it, and end with it."""
+    new, old = Version({0: False}, wanted=1), Version({0: False}, front_ends=1)
+    new.waits_for_room = True
+    roll(new, old)
+    time.sleep(LONG_ENOUGH_S)
+    assert old.gone == []
+    old.up[0] = True
+    until("nothing goes on", lambda: old.gone == [0])
+
+
+@pytest.mark.parametrize("waits_for_room", [True, False])
+def test_it_is_not_waited_for_for_ever(
+    waits_for_room: bool, roll: Callable[..., Roll], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both look for a place it is not; and what the new version mends may be what keeps it from coming up."""
+    monkeypatch.setattr(rolling, "RETURN_S", 60.0 if waits_for_room else 0.02)
+    new, old = Version({0: False}, wanted=1), Version({0: False}, front_ends=1)
+    new.waits_for_room, old.waits_for_room = True, waits_for_room
     roll(new, old)
     until("nothing goes on", lambda: old.gone == [0])
 

@@ -14,8 +14,9 @@ import ray
 
 from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
+from scheduler.protocol import sentinel
 from tests.cluster.test_ray import LONG, PROMPTS, open_llm, tokens, until
-from tests.shared.processes import SCHEDULER, WORKER, all_named, wait_gone
+from tests.shared.processes import SCHEDULER, WORKER, all_named, command_line, descendants, wait_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -90,10 +91,25 @@ def test_a_rank_that_is_stopped_is_given_up_and_its_sequences_go_on(
     assert tokens(llm.generate(PROMPTS, LONG, progress=False)) == expected
 
 
-def test_a_scheduler_that_is_stopped_for_a_while_loses_nothing(llm: LLM, expected: list[list[int]]) -> None:
+def test_a_scheduler_that_is_stopped_for_good_is_replaced(
+    llm: LLM, expected: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it has been silent for as long as one that is only busy may be."""
+    until("a group is missing", lambda: all_up(llm))
+    (scheduler,) = all_named(SCHEDULER, 1)
+    assert stream(llm, scheduler) == expected
+    assert not wait_gone([scheduler])
+    assert "the scheduler has died" in caplog.text
+    assert "has said nothing" not in caplog.text
+
+
+def test_one_that_is_stopped_for_a_while_loses_nothing(llm: LLM, expected: list[list[int]]) -> None:
+    """Where nobody ends it: a host that stands still for a while."""
     until("a group is missing", lambda: all_up(llm))
     before = epochs(llm)
     (scheduler,) = all_named(SCHEDULER, 1)
+    (beside,) = [pid for pid in descendants(scheduler) if sentinel.__file__ in command_line(pid)]
+    os.kill(beside, signal.SIGKILL)
     assert stream(llm, scheduler, resume_s=STOPPED_S) == expected
     assert epochs(llm) == before, "no group was silent: nobody listened"
     assert all_named(SCHEDULER, 1) == [scheduler]

@@ -6,7 +6,18 @@ import statistics
 import pytest
 
 from deploy.frontend.service.observation import PromptUse
-from deploy.observing.tally import E2E, OUTCOMES, QUEUE, REQUEST_METRICS, REQUESTS, TPOT, TTFT, Histogram, increments
+from deploy.observing.tally import (
+    E2E,
+    OUTCOMES,
+    QUEUE,
+    REQUEST_METRICS,
+    REQUESTS,
+    TPOT,
+    TTFT,
+    Histogram,
+    RequestMetric,
+    increments,
+)
 from scheduler.protocol.messages import TalliedMetric
 from scheduler.server.tallies import Tallies
 from tests.deploy.frontend.observations import observation
@@ -72,3 +83,11 @@ def test_a_window_is_the_difference_of_two_sums() -> None:
     earlier, later = Histogram((1.0,), (3, 1), 5.0), Histogram((1.0,), (5, 1), 6.0)
     assert later.since(earlier) == Histogram((1.0,), (2, 0), 1.0)
     assert earlier.since(later) == earlier, "a scheduler that began anew counts from nothing"
+
+
+def test_buckets_of_another_version_are_none_of_this_one() -> None:
+    """They may be in the sums while both serve; a page of metrics is not to fail for that."""
+    metric = RequestMetric("ttft", "", (1.0, 2.0))
+    other = TalliedMetric("ttft", (), (4, 5), 9.0)
+    assert Histogram.read([other], metric).buckets == (0, 0, 0)
+    assert Histogram.read([other, metric.observe(1.5)], metric).buckets == (0, 1, 0)

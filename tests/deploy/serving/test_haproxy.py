@@ -369,6 +369,44 @@ def test_one_that_is_stopped_for_good_is_taken_over_from(tmp_path: Path, monkeyp
         assert answers(door)
 
 
+def test_a_guard_that_is_stopped_as_it_takes_over_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = ["start = haproxy._start", "def stopped(command):", f"    here = haproxy.Path({str(tmp_path / 'stopped')!r})"]
+    stopping += ["    if not here.exists():", "        here.write_text(str(haproxy.os.getpid()))"]
+    stopping += ["        haproxy.os.kill(haproxy.os.getpid(), haproxy.signal.SIGSTOP)", "    return start(command)"]
+    with (
+        impatient(tmp_path, monkeypatch, *stopping, "haproxy._start = stopped", STOPPED_S=1.0), doors(tmp_path) as (start, door)
+    ):  # fmt: skip
+        first = start()
+        until("it does not stop", lambda: (tmp_path / "stopped").exists())
+        start("-sf", str(first.pid))
+        assert second_of(tmp_path)
+        assert not wait_gone([int((tmp_path / "stopped").read_text())])
+        assert answers(door)
+
+
+def test_its_turn_is_taken_by_whoever_has_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or there would be no second one until the next change: this one waits for a later guard, which has its turn."""
+    monkeypatch.setattr(haproxy, "STOPPED_S", 0.5)
+    monkeypatch.setattr(haproxy, "HUNG_S", 0.5)
+    file = tmp_path / "second.cfg"
+    file.write_text("")
+    if (later := os.fork()) == 0:
+        haproxy._note(tmp_path / "guard.pid", os.getpid())
+        with haproxy._alone(tmp_path):
+            (tmp_path / "inside").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    until("it has not come", lambda: (tmp_path / "inside").exists())
+    second = haproxy._take_over(["sleep", "600"], file)
+    assert os.waitpid(later, 0)[1] == signal.SIGKILL
+    assert second is not None
+    assert int((tmp_path / "guard.pid").read_text()) == os.getpid()
+    second.kill()
+    second.wait()
+
+
 def requests_in_a_row(door: int, over: threading.Event) -> int:
     """How many were answered, over a connection that is kept until an answer says that it ends. Errors: ConnectionError."""
     count, closing = 0, False

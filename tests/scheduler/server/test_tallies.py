@@ -1,7 +1,5 @@
 """Increments of several front ends become one sum."""
 
-import pytest
-
 from scheduler.protocol.messages import TalliedMetric
 from scheduler.server.tallies import Tallies
 
@@ -30,8 +28,9 @@ def test_what_was_taken_is_counted_once() -> None:
     assert tallies.take() == ()
 
 
-def test_other_buckets_are_an_error() -> None:
+def test_other_buckets_begin_anew() -> None:
+    """Front ends of another version may have others, and serve beside the same scheduler."""
     tallies = Tallies()
-    tallies.add([TalliedMetric("ttft", (), (1, 0, 2), 3.5)])
-    with pytest.raises(ValueError, match="zip"):
-        tallies.add([TalliedMetric("ttft", (), (1, 0), 3.5)])
+    tallies.add([TalliedMetric("ttft", (), (1, 0, 2), 3.5), TalliedMetric("requests", STOP, (), 2.0)])
+    tallies.add([TalliedMetric("ttft", (), (1, 0), 3.5), TalliedMetric("requests", STOP, (), 2.0)])
+    assert tallies.snapshot() == (TalliedMetric("ttft", (), (1, 0), 3.5), TalliedMetric("requests", STOP, (), 4.0))

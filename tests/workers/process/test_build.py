@@ -64,8 +64,9 @@ def test_memory_for_less_than_a_block_is_refused_with_the_numbers() -> None:
 def test_without_a_word_the_ranks_of_a_host_share_a_part_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 20 * LAYOUT.block_bytes
     monkeypatch.setattr(build, "_available_memory", lambda: free)
-    built = build_rank(CONFIG, RESOLVED, Solo())
-    assert built.sizes.blocks == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks // LAYOUT.block_bytes
+    for ranks in (1, 2):
+        built = build_rank(CONFIG, replace(RESOLVED, host_ranks=ranks), Solo())
+        assert built.sizes.blocks == int(free * build.CPU_KV_FRACTION) // ranks // LAYOUT.block_bytes
 
 
 def test_the_host_says_how_much_is_free() -> None:

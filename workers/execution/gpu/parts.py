@@ -54,7 +54,7 @@ class GpuParts:
         self._graphs = config.cuda_graphs and not self._threads
         # Else interpreted, or of several threads, of which none may wait for another here.
         self._compiles = spec.device.type == "cuda" and not self._threads and can_compile_ahead()
-        self._compilers = CompilePool(config.ranks)
+        self._compilers = CompilePool(spec.resolved.host_ranks)
         self._decoder: Decoder | TransformersDecoder | None = None
         self.lora: AdapterSlots | None = None
         """Where its adapters are; None where none are served, and before `load`."""
@@ -176,7 +176,7 @@ class GpuParts:
         )
         left, block = max(2, tokens), 0
         for row in range(config.max_num_seqs):
-            length = min(left, max_model_len - 1)
+            length = min(left, max(2, max_model_len - 1))
             if length < 2:
                 break  # a single token were a decode
             blocks = self._spec.layout.blocks_for(length)

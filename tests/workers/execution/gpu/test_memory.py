@@ -1,5 +1,6 @@
 """How much of a GPU a rank's pool may take: the largest steps, interpreted where there is no GPU, and the sum of its parts."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,12 +34,12 @@ CONFIG = WorkerConfig(
 MIB = 1 << 20
 
 
-def parts(config: WorkerConfig, max_model_len: int = 64) -> tuple[gpu.GpuParts, BlockLayout]:
+def parts(config: WorkerConfig, max_model_len: int = 64, host_ranks: int = 1) -> tuple[gpu.GpuParts, BlockLayout]:
     model = read_config(Path(config.model))
     shape = model.shard(0, 1)
     layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, config.dtype)
     constraints = Constraints(partial(load_tokenizer, Path(config.model), shape.vocab, model.eos_ids), shape.vocab, 1)
-    resolved = ResolvedWorker(max_model_len=max_model_len, device=DEVICE.type)
+    resolved = ResolvedWorker(max_model_len=max_model_len, device=DEVICE.type, host_ranks=host_ranks)
     return gpu.GpuParts(RunnerSpec(config, resolved, model, layout, Solo(), torch.float32, constraints)), layout
 
 
@@ -84,6 +85,23 @@ def test_a_small_pool_is_not_written_beyond(config: WorkerConfig) -> None:
     made._run_prefill(runner, 20)
     assert not torch.isnan(runner.pool.data[0]).any()
     assert torch.isnan(runner.pool.data[1]).all(), "the block for padding"
+
+
+def test_the_cores_are_shared_with_the_ranks_of_this_host_alone(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other hosts have their own to compile with."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert parts(replace(config, groups=6))[0]._compilers.size == 8
+    assert parts(replace(config, groups=6), host_ranks=3)[0]._compilers.size == 4
+
+
+def test_a_model_of_two_tokens_is_measured_as_well(config: WorkerConfig) -> None:
+    """Its prompts are of one, which were a decode: a little more than any step has, rather than nothing."""
+    made, _ = parts(config, max_model_len=2)
+    made.load(lambda *_: None)
+    runner = made._make(PoolSizes(4))
+    runner.pool.data.fill_(float("nan"))
+    made._run_largest_step(runner)
+    assert not torch.isnan(runner.pool.data[:3, :, :, :2]).any(), "a prompt in each row"
 
 
 @dataclass
