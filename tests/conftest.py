@@ -3,6 +3,7 @@ in a folder of this run, so that nobody later takes its clusters for living ones
 or on the shell that starts it, and none takes more cores than it needs; and which tests share a process where xdist runs
 several (`make test`). A test that starts Ray and fails shows what its cluster's processes complained of."""
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -74,6 +75,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # after pytest's last look for garbage; extensions would take for leaked what is frozen
         gc.enable()
 
 
@@ -148,7 +150,6 @@ def pytest_runtest_makereport(
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or extensions would take for leaked what is frozen
     if OWN_FOLDER is not None:
         shutil.rmtree(OWN_FOLDER, ignore_errors=True)
 

@@ -40,6 +40,7 @@ class Reference:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._answers: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._logits: dict[tuple[int, ...], Tensor] = {}
 
     @cached_property
     def model(self) -> "torch.nn.Module":
@@ -59,19 +60,21 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, prompt: list[int], output: list[int]) -> Tensor:
-        """[output, vocab]: what each token of the output was chosen from."""
-        logits: Tensor = self.model(torch.tensor([[*prompt, *output[:-1]]])).logits[0, len(prompt) - 1 :]
-        return logits
+        """[output, vocab]: from what the reference chooses each token, after the output's before it. Kept, too."""
+        ids = (*prompt, *output[:-1])
+        if ids not in self._logits:
+            self._logits[ids] = self.model(torch.tensor([ids])).logits[0, len(prompt) - 1 :]
+        return self._logits[ids]
 
     def require_same(self, prompt: list[int], output: list[int], ledger: Ledger, where: str) -> None:
-        """Token for token what `generate` says, or first apart at a near tie."""
-        expected = self.greedy(prompt, len(output))
+        """Token for token what `generate` would say, which takes a step for each, or first apart at a near tie."""
+        told = self.logits(prompt, output)
+        expected = told.argmax(-1).tolist()
         ledger.compared += 1
         if output == expected:
             return
         at = next(at for at, (ours, theirs) in enumerate(zip(output, expected, strict=True)) if ours != theirs)
-        logits = self.logits(prompt, expected)[at]
-        gap = float(logits[expected[at]] - logits[output[at]])
+        gap = float(told[at, expected[at]] - told[at, output[at]])
         assert 0.0 <= gap < NEAR_TIE, (
             f"{where}: token {at} after a prompt of {len(prompt)} is {output[at]}, the reference says {expected[at]} "
             f"with a logit {gap:.6f} higher\nours   {output}\ntheirs {expected}"

@@ -78,8 +78,16 @@ def create_app(
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service, further)
-    add_schemas(app.openapi(), *OPENAI_RECORDS, *ADAPTER_RECORDS, *ANTHROPIC_RECORDS, strict=config.strict_fields)
+    app.openapi = partial(_document, app, config.strict_fields)  # type: ignore[method-assign]
     return app
+
+
+def _document(app: FastAPI, strict: bool) -> dict[str, Any]:
+    """Written when it is first asked for: most replicas never are, and it is most of what making the endpoint would take."""
+    if (document := app.openapi_schema) is None:
+        document = FastAPI.openapi(app)
+        add_schemas(document, *OPENAI_RECORDS, *ADAPTER_RECORDS, *ANTHROPIC_RECORDS, strict=strict)
+    return document
 
 
 def _doors(service: Service, config: ServeConfig, store: ResponseStore) -> Iterator[APIRouter]:

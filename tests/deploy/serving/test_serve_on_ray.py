@@ -49,7 +49,7 @@ PATIENCE_S = 180.0
 SELDOM_S = 0.5
 """How often to ask for what takes long: for each answer several processes compute."""
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
-LONG, ENDLESS = 500, 1900
+LONG, ENDLESS = 150, 1900
 resume_stream = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "resume_stream.py"))["stream"]
 
 GATED = """
