@@ -24,8 +24,9 @@ from workers.kernels.compile_worker import Told
 
 logger = logging.getLogger(__name__)
 
-MOST = 16
-"""Processes of a rank: some sixty kernels are then four each, of one to two CPU seconds."""
+MOST = 8
+"""Processes of a rank: some forty kernels are then five each, and what more would bring is less than what they take from the
+start of others."""
 
 FEW = 16
 """A cache with fewer entries holds no model's kernels: what Triton's own driver puts there are one or two."""
