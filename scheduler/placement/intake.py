@@ -120,19 +120,18 @@ def _go_on(sequence: Sequence, resumed: Resumption) -> None:
 def _recall(state: ClusterState, sequence: Sequence, had: Had) -> bool:
     """Goes on behind what its client has, if that is still known; its tenant has paid for it. From now on it is this one that
     may be asked for again."""
-    past = state.recall.find(sequence) if sequence.committed == sequence.prompt_tokens else None
+    fresh = sequence.committed == sequence.prompt_tokens
     state.recall.follow(sequence)
-    if past is None or past.cached_tokens is None or not had.tokens:
-        return False
-    if (group := state.group_of(past)) is not None and past.lease is not None:
-        group.write_back(past)
-    end = past.prompt_tokens + had.tokens
-    output = past.buffer[past.prompt_tokens : end].tobytes()
-    if past.committed < end or zlib.crc32(output) != had.check:
-        return False
-    _go_on(sequence, Resumption(sequence.choice, output, 0.0, 1, past.cached_tokens, 0.0, past.misses))
-    state.outbox.started(sequence, output)
-    return True
+    for past in state.recall.find(sequence) if fresh and had.tokens else ():
+        if (group := state.group_of(past)) is not None and past.lease is not None:
+            group.write_back(past)
+        end = past.prompt_tokens + had.tokens
+        output = past.buffer[past.prompt_tokens : end].tobytes()
+        if past.cached_tokens is not None and past.committed >= end and zlib.crc32(output) == had.check:
+            _go_on(sequence, Resumption(sequence.choice, output, 0.0, 1, past.cached_tokens, 0.0, past.misses))
+            state.outbox.started(sequence, output)
+            return True
+    return False
 
 
 def _hashes(request: Request, prompt: Tokens, block_size: int) -> list[int]:

@@ -2,13 +2,14 @@
 
 Tokens follow from the prompt, the parameters, the seed and the choice. So these find them, whoever asks: neither a client nor a
 front end has to be known, and nobody is told what computing would not have told him. A sequence that has ended is known for
-`KEPT_S`; one that still runs, since nobody has noticed yet that its client has gone, is found as well. Whoever is not found
-is computed again.
+`KEPT_S`; one that still runs, since nobody has noticed yet that its client has gone, is found as well; and where several
+clients have asked for the same, all of theirs. Whoever is not found is computed again.
 
 Imports `sequence`.
 """
 
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -27,36 +28,36 @@ Key = tuple[int, int, int, int]
 
 
 class Recall:
-    """The sequences that were asked for by clients that may come back, the latest of each kind."""
+    """The sequences that were asked for by clients that may come back."""
 
     def __init__(self) -> None:
-        self._known: dict[Key, Sequence] = {}
+        self._known = defaultdict[Key, list[Sequence]](list)
         self._ended: deque[tuple[float, Key, Sequence]] = deque()
         self._tokens = 0  # of those that have ended
 
     def follow(self, sequence: Sequence) -> None:
         """From now on it is the one to be found, until some time after its end."""
         sequence.kept = True
-        self._known[_key(sequence)] = sequence
+        self._known[_key(sequence)].append(sequence)
 
-    def find(self, sequence: Sequence) -> Sequence | None:
-        """The one before it whose tokens are the same as this one's."""
-        past = self._known.get(_key(sequence))
-        return past if past is not None and _same(past, sequence) else None
+    def find(self, sequence: Sequence) -> Iterator[Sequence]:
+        """Those before it whose tokens are the same as this one's, as far as they have come; the latest first."""
+        known = self._known.get(_key(sequence), ())
+        return (past for past in reversed(known) if past is not sequence and _same(past, sequence))
 
     def ended(self, sequence: Sequence, output: int, now_s: float) -> None:
         """One that was followed, with so many tokens of output that count."""
         sequence.committed = min(sequence.committed, sequence.prompt_tokens + output)
-        key = _key(sequence)
-        if self._known.get(key) is sequence:  # else another one goes on for it
-            self._ended.append((now_s, key, sequence))
-            self._tokens += len(sequence.buffer)
+        self._ended.append((now_s, _key(sequence), sequence))
+        self._tokens += len(sequence.buffer)
         while self._ended and (self._ended[0][0] < now_s - KEPT_S or self._tokens > MOST_TOKENS):
             self._forget(*self._ended.popleft()[1:])
 
     def _forget(self, key: Key, sequence: Sequence) -> None:
         self._tokens -= len(sequence.buffer)
-        if self._known.get(key) is sequence:
+        known = self._known[key]
+        known[:] = [each for each in known if each is not sequence]
+        if not known:
             del self._known[key]
 
 

@@ -413,10 +413,13 @@ class Cluster:
         deadline_s: float | None = None,
         pooling: Pooling | None = None,
         kept: bool = False,
+        seed: int | None = None,
     ) -> list[Stream]:
         """kept: the client may come back. Errors: RequestRefused, ProtocolError; nothing has changed then, and the invariants
         are checked all the same."""
-        params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
+        params = SamplingParams(
+            n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs, seed=seed
+        )
         room = max_tokens or max(self.max_model_len, max(self.pools) * self.block_size + 1) - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY, self.window, self.narrow)
         tokens = np.array(prompt, np.int32).tobytes()

@@ -75,6 +75,25 @@ def test_it_starts_with_what_it_has_and_is_counted_once() -> None:
     assert cluster.sequence(again).tenant.served - served <= 2.0 * 2, "a token, or two"
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_others_who_ask_for_the_same_take_nobodys_place(*, ends: bool) -> None:
+    """Another client's is younger, and has not come as far as what the first one has."""
+    cluster = Cluster((24, 24))
+    (stream,) = begun(cluster, seed=5)
+    (other,) = cluster.submit(PROMPT, front_end=1, max_tokens=20, kept=True, seed=5)
+    if ends:
+        cluster.abort(stream)
+    computed = cluster.core.counters.output_tokens
+    (again,) = cluster.come_back([stream], lengths([stream]), front_end=1)
+    cluster.step(times=2)
+    assert again.tokens[: len(stream.tokens)] == stream.tokens[: len(again.tokens)], "without waiting"
+    assert len(again.tokens) >= 6
+    assert len(other.tokens) < 6
+    assert cluster.core.counters.output_tokens - computed <= 3 * 4
+    cluster.run()
+    assert again.tokens == again.expected
+
+
 def test_choices_go_on_each_from_its_own_place() -> None:
     cluster = Cluster((24,))
     streams = begun(cluster, n=3, max_tokens=10)
