@@ -13,7 +13,7 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
-export PIP_DISABLE_PIP_VERSION_CHECK := 1  # the pinned one is meant
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes, each of which would compile everything anew
 
 .PHONY: run test test-all checked lint compiled clients install clean
