@@ -13,6 +13,7 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes, each of which would compile everything anew
 
 .PHONY: run test test-all checked lint compiled clients install clean
@@ -45,9 +46,11 @@ clients: $(STAMP) $(CLIENTS_STAMP)
 
 install: $(STAMP)
 
-# Not compiled: of 23,000 files a third is ever imported, and compiled when it is.
+# Not compiled: of 23,000 files a third is ever imported, and compiled when it is. The pip that comes with an older Python takes
+# half a minute more to find the versions.
 $(STAMP): pyproject.toml constraints.txt setup.py deploy/proto/manta.proto
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

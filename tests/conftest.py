@@ -57,6 +57,12 @@ SECOND_LANE = (
     "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
 )  # fmt: skip
 """Of the tests that start Ray, about half of what takes long."""
+WAITING = (
+    "tests/chaos/test_clients.py", "tests/cluster/test_remote.py", "tests/deploy/batch/test_job.py",
+    "tests/deploy/doors/http/test_connections.py", "tests/deploy/serving/test_haproxy.py",
+    "tests/scheduler/server/test_server.py", "tests/workers/model/sources/test_hub.py",
+)  # fmt: skip
+"""Those without Ray that wait most of the time, for a minute and a half in all: one process has them, while others compute."""
 LAST = (
     "tests/cluster/losses/test_hung.py", "tests/cluster/losses/test_resuming.py",
     "tests/deploy/doors/http/responses/test_responses_ray.py", "tests/cluster/fleet/test_keepers.py",
@@ -156,8 +162,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Two processes have what starts Ray, one after the other: it waits more than it computes. One has all of `end_to_end`,
-    whose references are dear. The rest goes file by file to whoever is free, some files that start Ray last."""
+    """Two processes have what starts Ray, one after the other: it waits more than it computes, as does what one of them has
+    besides. One has all of `end_to_end`, whose references are dear. The rest goes file by file to whoever is free, some files
+    that start Ray last."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -180,6 +187,8 @@ def together(file: str) -> str:
     """Files of one name share a process."""
     if file.startswith(END_TO_END):
         return END_TO_END
+    if file in WAITING:
+        return "ray"
     if file in LAST or "pytest.mark.ray" not in (ROOT / file).read_text():
         return file
     return "ray, too" if file in SECOND_LANE else "ray"
