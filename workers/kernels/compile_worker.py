@@ -22,6 +22,10 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from workers.kernels import keys
+
+keys.settle()
+
 START_S, KERNEL_S = 300, 300
 """A process that takes longer than this for its imports, or for one kernel, is ended by the system's clock, which no lock of
 Python's holds up: it outlives whoever has asked by no more than that."""
