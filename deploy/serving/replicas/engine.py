@@ -28,6 +28,7 @@ from cluster.launch import plan
 from deploy.config.load import ModelSettings, reject_unknown
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.openai.responses.store.shared import end_responses
+from deploy.serving.replicas.attending import Attendant
 from scheduler.logs import configure
 from scheduler.protocol.sentinel import watch_this_process
 from scheduler.server.stats import ClusterStatus
@@ -75,6 +76,7 @@ class EngineReplica:
         self._estate = estate_of(self._application, version, engine)
         self._fleet = Fleet(engine, plan(engine, threads, self._estate), self._fail, limits, limits.log_format, self._estate)
         self._roll: Roll | None = None
+        self._attendant = Attendant()
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
 
@@ -131,6 +133,7 @@ class EngineReplica:
             raise RuntimeError("neither the scheduler nor any rank answers this engine: it is cut off")
 
     def __del__(self) -> None:
+        self._attendant.close()
         if self._is_over():
             if self._autoscaler is not None:
                 self._autoscaler.close()
