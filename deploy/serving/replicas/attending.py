@@ -1,11 +1,10 @@
 """Serve's own actors are ended when a signal has stopped them, by a small process beside each (`scheduler.protocol.sentinel`).
 
 Nothing of Serve's or Ray's would notice for its controller, and only after half a minute for the others: whoever is dead is
-replaced at once. Imports ray and Serve's names.
+replaced at once. Imports ray, Serve's names and the sentinel.
 """
 
 import logging
-import os
 import threading
 
 import ray
@@ -58,10 +57,9 @@ class Attendant:
                 logger.debug("%s is not attended to: %s", asked[answer], error)
 
 
-def _attend(_: object) -> int:
+def _attend(_: object) -> None:
     """Inside the actor. Once for each of its processes."""
     global _watched
     if not _watched:
         watch_this_process()
         _watched = True
-    return os.getpid()

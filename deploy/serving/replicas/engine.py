@@ -67,6 +67,7 @@ class EngineReplica:
     ) -> None:  # fmt: skip
         configure(limits.log_format, role="engine")
         watch_this_process()
+        self._attendant = Attendant()
         self._version = version
         self._told = engine, limits, threads
         self._further = further
@@ -76,7 +77,6 @@ class EngineReplica:
         self._estate = estate_of(self._application, version, engine)
         self._fleet = Fleet(engine, plan(engine, threads, self._estate), self._fail, limits, limits.log_format, self._estate)
         self._roll: Roll | None = None
-        self._attendant = Attendant()
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
 
