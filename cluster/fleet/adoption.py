@@ -13,7 +13,17 @@ import ray
 
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.ownership.owner import Owner
-from cluster.fleet.ownership.remains import Found, Remains, actor_of, answer_of, end, end_group, find, latest_scheduler
+from cluster.fleet.ownership.remains import (
+    AGAIN_S,
+    Found,
+    Remains,
+    actor_of,
+    answer_of,
+    end,
+    end_group,
+    find,
+    latest_scheduler,
+)
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.protocol.orphans import Estate
 from scheduler.server.actor import Handover
@@ -27,7 +37,6 @@ ASK_TIMEOUT_S = 10.0
 SILENT = GroupHandover(-1, "")
 """Of a leader that has not answered in that time: whoever keeps its group asks on."""
 
-AGAIN_S = 0.25
 SECRET_TIMEOUT_S = 60.0
 """For one of the groups that have lost their scheduler to tell its secret, without which they would begin anew. Nobody is
 served meanwhile either way."""

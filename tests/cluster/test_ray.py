@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cluster.engine import EngineError
 from cluster.fleet import restarts
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
+from tests.shared import waiting
 from tests.shared.processes import SCHEDULER, WORKER, alive, all_named, descendants, named, wait_gone
 from tests.shared.ray_heads import own_ray
 
@@ -40,11 +41,7 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+until = partial(waiting.until, patience_s=PATIENCE_S, every_s=0.05)
 
 
 @pytest.mark.slow

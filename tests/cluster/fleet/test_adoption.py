@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from scheduler.protocol.orphans import Estate
 from tests.cluster.fleet.fleet_owner import NAMESPACE, TINY, config, version
+from tests.shared import waiting
 from tests.shared.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
 from tests.shared.ray_heads import ray_head
 
@@ -44,11 +46,7 @@ PROMPTS = [[*range(300, 360), 400 + i, 500 + i] for i in range(6)]
 SAMPLED = SamplingParams(temperature=0.8, seed=7, max_tokens=300, ignore_eos=True)
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+until = partial(waiting.until, patience_s=PATIENCE_S, every_s=0.05)
 
 
 class Owner:

@@ -2,10 +2,11 @@
 goes takes no request with it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from scheduler.server.stats import EngineStats
+from tests.shared import waiting
 from tests.shared.processes import WORKER, all_named, stopped_in_the_midst
 from tests.shared.ray_heads import autoscaling_ray, own_ray
 
@@ -37,11 +39,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+until = partial(waiting.until, patience_s=PATIENCE_S, every_s=0.05)
 
 
 # ---- a cluster that autoscales ----

@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, cast
 
 import pytest
@@ -23,6 +24,7 @@ from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.config.core import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
 from scheduler.server.vitals import Fenced
+from tests.shared import waiting
 from tests.shared.processes import SCHEDULER, alive, all_named, named
 from tests.shared.ray_heads import own_ray
 from workers.config import SchedulerAddress
@@ -80,11 +82,7 @@ def schedulers() -> set[int]:
     return {*named(SCHEDULER)}
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+until = partial(waiting.until, patience_s=PATIENCE_S, every_s=0.02)
 
 
 @pytest.fixture(scope="module", autouse=True)

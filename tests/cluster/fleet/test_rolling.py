@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -11,17 +12,14 @@ from cluster.fleet import rolling
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.rolling import Roll
 from scheduler.server.stats import ClusterStatus, GroupStats
+from tests.shared import waiting
 
 PATIENCE_S = 60.0
 LONG_ENOUGH_S = 0.2
 """For whatever should not happen to have happened."""
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
+until = partial(waiting.until, patience_s=PATIENCE_S)
 
 
 class Version:

@@ -4,6 +4,7 @@ scheduler notes what it is told, groups are lives without workers."""
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,19 +24,14 @@ from cluster.fleet.scheduler_keeper import LiveScheduler
 from deploy.config.load import EMBEDDED_MODEL
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, EngineStats, GroupStart, GroupStats
+from tests.shared import waiting
 from workers.config import ResolvedWorker, SchedulerAddress
 from workers.process.actor import GroupHandover
 
 PATIENCE_S = 60.0
-LONG_ENOUGH_S = 0.2
-"""For whatever should not happen to have happened."""
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
+until = partial(waiting.until, patience_s=PATIENCE_S)
 
 
 class Ray:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
 from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, retried, write_program
+from tests.shared import waiting
 from tests.shared.ports import free_ports
 from tests.shared.processes import alive, running_by, wait_gone
 from tests.shared.servers import QuietHandler, answering
@@ -475,11 +477,7 @@ def test_a_guard_that_is_slow_to_take_over_is_not_taken_for_gone(tmp_path: Path,
         assert answers(door)
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+until = partial(waiting.until, patience_s=PATIENCE_S, every_s=0.05)
 
 
 def until_there(file: Path, process: "subprocess.Popen[bytes]") -> None:

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import ray
 from cluster.fleet.ownership import owner as owning
 from cluster.fleet.ownership.owner import Owner
 from scheduler.protocol.orphans import Estate
+from tests.shared import waiting
 
 PATIENCE_S = 60.0
 ROUND_S = 0.05
@@ -65,11 +67,7 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Owner]:
     owner.close()
 
 
-def until(what: str, true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
+until = partial(waiting.until, patience_s=PATIENCE_S, every_s=0.01)
 
 
 def test_who_answers_is_told_again_and_who_has_died_is_not(owner: Owner) -> None:
