@@ -157,7 +157,7 @@ def test_a_status_that_fails_is_an_answer() -> None:
 def test_answers_are_fresh_and_small() -> None:
     async def run() -> None:
         cluster = FakeCluster(groups=64, blocks=8000, load=0)
-        async with client_of(make_app(cluster)) as client:
+        async with client_of(make_app(cluster), lifespan=False) as client:
             answer = await client.get("/status.json", headers={"Accept-Encoding": "gzip"})
             assert answer.headers["Content-Encoding"] == "gzip"
             assert answer.headers["Cache-Control"] == "no-store"
