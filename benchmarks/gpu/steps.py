@@ -30,7 +30,7 @@ from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import names_of, positive
 from workers.attention.triton import TritonAttention
 from workers.execution.gpu.runner import GpuRunner
-from workers.kernels.ahead import compiling_ahead
+from workers.kernels.compiling.ahead import compiling_ahead
 from workers.kernels.products import tilings
 from workers.kernels.products.tilings import FEW, MAX_TOKENS, Tiling
 from workers.model.gpu.fused import FusedDecoder

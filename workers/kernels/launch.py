@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.compiler.compiler import max_shared_mem
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels import keys
+from workers.kernels.compiling import keys
 
 keys.settle()
 ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes

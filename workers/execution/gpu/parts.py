@@ -20,8 +20,8 @@ from workers.execution.gpu.device_batch import DeviceBatch
 from workers.execution.gpu.graphs import chunk_ladder, ladder
 from workers.execution.gpu.runner import Captured, GpuRunner, Narrow
 from workers.execution.spec import RunnerSpec
-from workers.kernels.ahead import can_compile_ahead, compiling_ahead
-from workers.kernels.compile_pool import CompilePool
+from workers.kernels.compiling.ahead import can_compile_ahead, compiling_ahead
+from workers.kernels.compiling.pool import CompilePool
 from workers.loop.batch import NO_ADAPTER, ResidentBatch
 from workers.model.decoders.loading import load_decoder
 from workers.model.decoders.native import Decoder

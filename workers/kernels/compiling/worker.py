@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from workers.kernels import keys
+from workers.kernels.compiling import keys
 
 keys.settle()
 

@@ -3,7 +3,7 @@
 A kernel is compiled when it is first launched, a second or two each, one after another: some forty of them are most of a cold
 start. Here the very code that will launch them runs once without launching, and each kernel that it would have launched is
 given to a thread of a pool. The compiler holds Python's lock for most of its time, so a thread has a process compile it, where
-there are any (`compile_pool`), and then takes it from Triton's cache.
+there are any (`pool`), and then takes it from Triton's cache.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from workers.kernels.compile_pool import CompilePool
-from workers.kernels.compile_worker import Told
+from workers.kernels.compiling.pool import CompilePool
+from workers.kernels.compiling.worker import Told
 
 logger = logging.getLogger(__name__)
 

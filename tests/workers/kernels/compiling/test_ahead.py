@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[3]
-CODE = "from tests.workers.kernels.compiling import main; main()"
+ROOT = Path(__file__).parents[4]
+CODE = "from tests.workers.kernels.compiling.program import main; main()"
 
 
 def alive(process: int) -> bool:

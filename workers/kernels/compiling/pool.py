@@ -1,6 +1,6 @@
 """Processes that compile kernels into Triton's cache for this one, which finds them there. Imports triton.
 
-    this process, a thread each  ──kernel──▶  compile_worker: one of several processes, forked from one that imports once
+    this process, a thread each  ──kernel──▶  worker: one of several processes, forked from one that imports once
                                  ◀──done, or why not──
 One socket pair joins each pair. Python's lock is why: the compiler holds it for most of its time, so that threads together use
 little more than two cores. Whatever cannot be told, or fails there, is for this process to compile.
@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 
 from triton import knobs
 
-from workers.kernels.compile_worker import Told
+from workers.kernels.compiling.worker import Told
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ FEW = 16
 
 END_S = 5.0
 
-PLACE = Path(__file__).resolve().parents[2]
+PLACE = Path(__file__).resolve().parents[3]
 CODE = """import pickle, sys; place, path, told = pickle.load(sys.stdin.buffer)
 sys.path[:] = [place, *path]; import workers; sys.path[:] = path  # whatever else is called so there
-from workers.kernels.compile_worker import main; main(*told)"""
+from workers.kernels.compiling.worker import main; main(*told)"""
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """No device, and no threads, which a fork would lose."""
 

@@ -13,8 +13,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from workers.kernels.ahead import compiling_ahead
-from workers.kernels.compile_pool import CompilePool
+from workers.kernels.compiling.ahead import compiling_ahead
+from workers.kernels.compiling.pool import CompilePool
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Kernels are compiled before they are wanted, each once, by several processes."""
