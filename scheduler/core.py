@@ -239,11 +239,11 @@ class SchedulerCore:
         if group is None or group.epoch != epoch:
             return
         group.whole_s = max(group.whole_s, whole_s)
-        if self._suspects.pending:
+        if self.waiting.apart or self._suspects.group is not None:
             self._admit()
 
     def _admit(self) -> None:
-        if self._suspects.pending:
+        if self.waiting.apart or self._suspects.group is not None:
             self._suspects.try_next()
         self._admission.admit()
 
@@ -261,8 +261,7 @@ class SchedulerCore:
         needed = max((sequence.blocks_at_once for sequence in self.sequences.values()), default=0)
         if group not in self.groups or (not returning and (not rest or max(rest) < needed)):
             return False
-        self.groups[group].draining = True
-        self.groups[group].touch()
+        self.groups[group].set_draining(True)
         return True
 
     def vacate(self, group: GroupId) -> None:
@@ -295,8 +294,7 @@ class SchedulerCore:
         sequences = take_in(self._state, front_end, request)
         if request.resumption is not None or request.had:
             sequences = [sequence for sequence in sequences if not self._ends(sequence)]
-        if sequences:
-            self._admission.welcome(sequences)
+        if sequences and (self._admission.welcome(sequences) or self._suspects.group is not None):
             self._admit()
 
     def _ends(self, sequence: Sequence) -> bool:

@@ -248,15 +248,15 @@ def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost
 
 def _release(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> None:
     """What the blocks hold stays cached as long as it can: the part of the last one, too, and a copy in host memory."""
-    blocks, tail = sequence.blocks, group.tail(sequence)
+    blocks, tables, tail = sequence.blocks, sequence.tables, group.tail(sequence)
     assert blocks is not None
     # What the last block begins with, if that was copied, is known by the block that it was copied from.
     if 0 < state.stride <= len(tail) and len(tail) > blocks.inherited:
-        for each in sequence.tables:
+        for each in tables:
             state.table.publish_tail(each, tail.tobytes())
     if group.host_blocks:
         state.transfers.offload(group, sequence)
-    for each in sequence.tables:
+    for each in tables:
         state.table.release(each)
 
 

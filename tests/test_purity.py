@@ -18,7 +18,6 @@ PURE = [
     "workers.loop.leader",
     "workers.loop.link",
     "workers.loop.reports",
-    "workers.loop.simulated",
     "workers.model.config.architectures",
     "workers.model.config.fields",
     "workers.model.reading",

@@ -44,7 +44,7 @@ def disturb(core: SchedulerCore, way: str, stream: int) -> None:
     elif way == "preempt":
         assert core.drain(group)
         core.vacate(group)  # these groups do not exchange blocks, so it begins again
-        core.groups[group].draining = False
+        core.groups[group].set_draining(False)
 
 
 def gaps_ms(llm: LLM, prompt: list[int], way: str) -> list[float]:

@@ -130,7 +130,7 @@ class Intake:
         self._common = self._draw(PROMPT_TOKENS * hit // 100 + part)
         if hit:
             self._compute(np.append(self._common, np.int32(0)))
-        self.core.groups[GroupId(0)].draining = fetch
+        self.core.groups[GroupId(0)].set_draining(fetch)
 
     def submit(self) -> int:
         """Takes one prompt in; it is aborted afterwards, off the clock. Returns the nanoseconds of the submit."""
@@ -178,11 +178,11 @@ class Crowd:
             self.core.group_up(group, 0, (size + 2) * (PROMPT_TOKENS // block_size + 4), size)
         common = self._draw(PROMPT_TOKENS // 2)
         for group, draining in ((self.other, self.home), (self.home, self.other)):
-            self.core.groups[draining].draining = True
+            self.core.groups[draining].set_draining(True)
             self._submit(np.append(common, self._draw(1)))
             self._compute(group, ends=True)
-            self.core.groups[draining].draining = False
-        self.core.groups[self.other].draining = True
+            self.core.groups[draining].set_draining(False)
+        self.core.groups[self.other].set_draining(True)
         for _ in range(size):
             self._submit(np.append(common, self._draw(int(self._random.integers(1, PROMPT_TOKENS // 2)))))
         self._compute(self.home, ends=False)

@@ -4,7 +4,6 @@ Imports nothing of Manta.
 """
 
 import re
-from collections.abc import Iterator
 
 HEADER = "Warning"
 MAX_CHARACTERS = 400
@@ -14,21 +13,15 @@ MAX_WARNINGS = 8
 _SAID = re.compile(r'299 \S+ "([^"]*)"')
 
 
-class Warnings:
-    """Of one request. Saying the same twice is saying it once."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, None] = {}
+class Warnings(dict[str, None]):
+    """The texts of one request, in their order. Saying the same twice is saying it once."""
 
     def add(self, text: str) -> None:
-        self._said[text] = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._said)
+        self[text] = None
 
     def headers(self) -> dict[str, str]:
         """Nothing where nothing was said."""
-        shown = [f'299 manta "{_quoted(text)}"' for text in list(self._said)[:MAX_WARNINGS]]
+        shown = [f'299 manta "{_quoted(text)}"' for text in list(self)[:MAX_WARNINGS]]
         return {HEADER: ", ".join(shown)} if shown else {}
 
 

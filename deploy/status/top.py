@@ -213,11 +213,11 @@ def _figures(document: StatusDocument, width: int, bars: bool = True) -> Table:
     return table
 
 
-def spark(values: Sequence[float | None], width: int = SPARK_CHARACTERS) -> str:
+def spark(values: Sequence[float | None]) -> str:
     """The newest values as bars from zero to the highest, each bar the mean of a stretch; a blank where nothing is known."""
     if not values:
         return ""
-    per = -(-len(values) // width)
+    per = -(-len(values) // SPARK_CHARACTERS)
     stretches = [[v for v in values[max(0, end - per) : end] if v is not None] for end in range(len(values), 0, -per)][::-1]
     means = [sum(stretch) / len(stretch) if stretch else None for stretch in stretches]
     highest = max((mean for mean in means if mean is not None), default=0.0) or 1.0

@@ -24,14 +24,6 @@ def writable(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def refuse_halves(text: str) -> None:
-    """Errors: ValueError for a text with half of a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(surrogate(error)) from None
-
-
 def surrogate(error: UnicodeEncodeError) -> str:
     """What to say of a text that UTF-8 has no bytes for."""
     found = f"character {error.start}, {error.object[error.start]!a}, is half of a surrogate pair"

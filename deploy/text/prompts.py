@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.text.content import Content, Conversation, PromptError, PromptTooLong, TextPair
+from deploy.text.files import surrogate
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Adapter, Pooling, context_length
 from scheduler.protocol.sampling import SamplingParams
@@ -162,6 +163,8 @@ class PromptParser:
             return encode_within(text, most, encode, lambda: tokenizer.longest_token_bytes)
         except TextTooLong as error:
             raise PromptTooLong(f"{context_length(most)}, and the prompt {error}: shorten it to {most - 1} tokens") from None
+        except UnicodeEncodeError as error:
+            raise PromptError(surrogate(error)) from None
         except ValueError as error:
             raise PromptError(str(error)) from error
 

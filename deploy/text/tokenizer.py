@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from deploy.text.chat_template import ChatTemplate
-from deploy.text.files import refuse_halves
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -81,15 +80,15 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str, *, around: bool = True) -> list[int]:
-        """Token ids. around: with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text
-        that UTF-8 cannot hold."""
-        refuse_halves(text)
+        """Token ids. around: with the special tokens that the checkpoint puts around a prompt. Errors: UnicodeEncodeError for
+        a text that UTF-8 cannot hold."""
+        text.encode()
         return list(self._implementation.encode(text, add_special_tokens=around, verbose=False))
 
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Token ids of two texts, as the checkpoint joins pairs. Errors: as `encode`."""
-        refuse_halves(first)
-        refuse_halves(second)
+        first.encode()
+        second.encode()
         return list(self._implementation.encode(first, second, add_special_tokens=True, verbose=False))
 
     @property

@@ -36,15 +36,18 @@ class Admission:
 
     # ---- whose turn it is
 
-    def welcome(self, sequences: list[Sequence]) -> None:
-        """The choices of a new request. A single one starts past the queue if nobody waits, as is usual. Admit afterwards."""
+    def welcome(self, sequences: list[Sequence]) -> bool:
+        """The choices of a new request. A single one starts past the queue if nobody waits, as is usual. Whether to admit
+        afterwards: somebody waits, or is late."""
         state = self._state
-        if len(sequences) > 1 or not self._start_at_once(sequences[0]):
+        started = len(sequences) == 1 and self._start_at_once(sequences[0])
+        if not started:
             for sequence in sequences:
                 state.waiting.enter(sequence, state.now_s)
         for sequence in sequences:
             if sequence.deadline_s < math.inf:
                 state.deadlines.add(sequence)
+        return not started or state.deadlines.next_s <= state.now_s
 
     def _start_at_once(self, sequence: Sequence) -> bool:
         state, waiting = self._state, self._state.waiting
@@ -53,7 +56,7 @@ class Admission:
         if waiting.count or not state.groups:
             return False
         newcomer = self._look(sequence)
-        if newcomer.peers and self._promised(newcomer) is not None:
+        if newcomer.promise is not None and self._worth_waiting(newcomer, newcomer.promise):
             return False
         waiting.fair.pass_by(sequence.tenant)
         return self._place(newcomer)
@@ -79,7 +82,7 @@ class Admission:
                 room = self.routing.most_room()
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 newcomer = self._look(sequence)
-                if newcomer.peers and (promise := self._promised(newcomer)) is not None:
+                if (promise := newcomer.promise) is not None and self._worth_waiting(newcomer, promise):
                     waiting.defer(sequence)
                     state.prefixes.wait(sequence, promise)
                     continue
@@ -117,9 +120,9 @@ class Admission:
         if len(sequence.hashes) < limit:
             sequence.hash_up_to(limit, block_size)
         match = state.table.index.match(tokens, sequence.hashes, sequence.salt, limit)
-        peers = state.prefixes.peers(sequence, len(match.nodes), reusable)
+        peers, promise = state.prefixes.peers(sequence, len(match.nodes), reusable)
         blocks = min(-(-(len(tokens) + state.resolved.grant_ahead) // block_size), sequence.blocks_at_most)
-        return Newcomer(sequence, tokens, reusable, match, peers, blocks)
+        return Newcomer(sequence, tokens, reusable, match, peers, promise, blocks)
 
     def _reusable(self, sequence: Sequence) -> int:
         """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
@@ -129,17 +132,11 @@ class Admission:
             return 0
         return sequence.committed - 1
 
-    def _promised(self, newcomer: Newcomer) -> Promise | None:
-        """What is worth to be waited for: not if much else is computed before it, while another group would begin at once.
-        Asked where there are peers."""
-        prefixes, known = self._state.prefixes, len(newcomer.match.nodes)
-        if not self._state.config.wait_for_prefix:
-            return None
-        promise = prefixes.promised(newcomer.sequence, known, newcomer.reusable, newcomer.peers)
-        if promise is None or (queued := self.routing.least_backlog()) is None:
-            return promise
-        saved = promise.tokens - known * self._state.block_size
-        return promise if policy.worth_waiting(prefixes.ahead_of(promise), saved, queued) else None
+    def _worth_waiting(self, newcomer: Newcomer, promise: Promise) -> bool:
+        """Not if much else is computed before it, while another group would begin at once."""
+        queued = self.routing.least_backlog()
+        saved = promise.tokens - len(newcomer.match.nodes) * self._state.block_size
+        return queued is None or policy.worth_waiting(self._state.prefixes.ahead_of(promise), saved, queued)
 
     # ---- reserve, fetch, start
 
@@ -213,7 +210,8 @@ class Admission:
         if transfer is not None:
             self._arrived(group, transfer, ok=moved.ok)
         self._state.waiting.made_room()
-        leases.extend(self._state, group)  # rows that starve may wait for nothing else
+        if group.starved:  # those may wait for nothing else
+            leases.extend(self._state, group)
 
     def _arrived(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
         """Who waits for it starts, and computes itself what has not arrived; who moves follows."""

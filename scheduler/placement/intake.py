@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_blocks
-from scheduler.placement.limits import RequestRefused, blocks_for, output_limit, queue_room, rest_room, slots_for
+from scheduler.placement.limits import RequestRefused, allowance, queue_room, rest_room
 from scheduler.protocol.messages import FinishReason, Had, Request, Resumption
 from scheduler.state.cluster import ClusterState
 from scheduler.state.resident import ProtocolError
@@ -27,17 +27,18 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     config, params, resumed = state.config, request.params, request.resumption
     prompt = np.frombuffer(request.tokens, np.int32)
     asked = params.max_tokens if request.pooling is None else 0
-    longest = state.longest(state.largest)
-    if asked is not None or (longest is not None and blocks_for(len(prompt), config.block_size) > longest):
-        longest = state.longest(state.largest_later)  # an output without a limit would wait for more than it needs
-    max_tokens = output_limit(len(prompt), asked, state.resolved.max_model_len, config.block_size, longest, state.lost)
-    blocks = blocks_for(slots_for(len(prompt), max_tokens), config.block_size)
+    longest = state.longest
+    if asked is not None or (longest is not None and len(prompt) > longest * config.block_size):
+        longest = state.longest_later  # an output without a limit would wait for more than it needs
+    model_len = state.resolved.max_model_len
+    max_tokens, blocks = allowance(len(prompt), asked, model_len, config.block_size, longest, state.lost)
     at_once = blocks if state.window is None else min(blocks, state.window.most)
     if resumed is None:
         if state.largest is not None and at_once > state.largest:
             rest_room(state.bounds, state.rests_s(at_once), request.deadline_s, state.lost)
         try:
-            queue_room(state.bounds, state.waiting, request, len(prompt), state.now_s)
+            if state.waiting.count:
+                queue_room(state.bounds, state.waiting, request, len(prompt), state.now_s)
         except RequestRefused:
             state.counters.refused += 1
             raise

@@ -33,15 +33,11 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def slots_for(prompt: int, output: int) -> int:
-    """Tokens whose KV is written: that of the last token of an output never is."""
-    return prompt + max(output - 1, 0)
-
-
-def output_limit(
+def allowance(
     prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = ""
-) -> int:  # fmt: skip
-    """Output tokens that the request may have: max_tokens, which may be 0, or all that model and pools leave if it names none.
+) -> tuple[int, int]:  # fmt: skip
+    """(output tokens that the request may have, blocks for all that it may come to): max_tokens, which may be 0, or all that
+    model and pools leave if it names none.
 
     largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went.
     Errors: RequestRefused.
@@ -58,7 +54,7 @@ def output_limit(
         )
     room = max_model_len - prompt
     if largest_pool is not None:
-        needed = blocks_for(slots_for(prompt, least), block_size)
+        needed = _needed(prompt, least, block_size)
         if needed > largest_pool:
             most = context_length(largest_pool * block_size + min(least, 1), output=least > 0)
             raise RequestRefused(
@@ -67,7 +63,13 @@ def output_limit(
                 "kv_memory"
             )
         room = min(room, largest_pool * block_size + 1 - prompt)
-    return room if max_tokens is None else max_tokens
+    output = room if max_tokens is None else max_tokens
+    return output, _needed(prompt, output, block_size)
+
+
+def _needed(prompt: int, output: int, block_size: int) -> int:
+    """Blocks of the tokens whose KV is written: that of the last token of an output never is."""
+    return blocks_for(prompt + max(output - 1, 0), block_size)
 
 
 def rest_room(bounds: QueueBounds | None, rests_s: float, deadline_s: float | None, lost: str) -> None:
@@ -80,14 +82,12 @@ def rest_room(bounds: QueueBounds | None, rests_s: float, deadline_s: float | No
 
 
 def queue_room(bounds: QueueBounds | None, waiting: WaitingRoom, request: Request, tokens: int, now_s: float) -> None:
-    """May the request, with a prompt of so many tokens, wait? An empty queue takes anything.
+    """May the request, with a prompt of so many tokens, wait behind others? An empty queue takes anything.
 
     A full queue still takes a tenant that has less than an equal share of it waiting, up to twice its bounds, so that nobody
     can fill it for all. And none takes a request that its deadline would meet in the queue, as far as one can tell.
     Errors: RequestRefused; when to try again is when the tenant's turn would come, at the pace of lately.
     """
-    if not waiting.count:
-        return
     deadline_s, choices = request.deadline_s, request.params.n
     per_s = waiting.pace.per_s(now_s)
     if deadline_s is not None and per_s is not None and waiting.tokens > per_s * deadline_s:  # else nobody waits that long

@@ -18,6 +18,7 @@ from kvcache.match import Match, Part
 from scheduler import policy
 from scheduler.placement import why
 from scheduler.state.cluster import ClusterState
+from scheduler.state.prefixes import Peer, Promise
 from scheduler.state.resident import ResidentGroup
 from scheduler.state.sequence import Sequence, Tokens
 
@@ -50,16 +51,18 @@ Way = tuple[policy.GroupLoad, Source | None]
 class Newcomer:
     """A sequence that is to be placed, and what is there of its prefix. tokens: its committed ones.
 
-    reusable: tokens that a hit may cover. match: its full blocks. peers: who fills, as it seems, the block that it needs next.
-    blocks: needed at the start, those of the match included. Found when its turn has come: parts, by group, what it has of the
-    block after its whole blocks; source, what could be sent by the group that has most of the prefix.
+    reusable: tokens that a hit may cover. match: its full blocks. peers: who fills, as it seems, the block that it needs next;
+    promise: the most that one of them is about to compute for it. blocks: needed at the start, those of the match included.
+    Found when its turn has come: parts, by group, what it has of the block after its whole blocks; source, what could be sent
+    by the group that has most of the prefix.
     """
 
     sequence: Sequence
     tokens: Tokens
     reusable: int
     match: Match
-    peers: Listing[Sequence]
+    peers: Listing[Peer]
+    promise: Promise | None
     blocks: int
     parts: dict[GroupId, Part] = field(default_factory=dict)
     source: Source | None = None

@@ -35,12 +35,13 @@ PROVEN_TOKENS = 16
 
 
 class Suspects:
-    """One trial at a time. Its place is `ResidentGroup.alone`, which ends with the sequence's lease."""
+    """One trial at a time, in `group`; None: there is none. Its place is `ResidentGroup.alone`, which ends with the sequence's
+    lease."""
 
     def __init__(self, state: ClusterState, admission: Admission) -> None:
         self._state = state
         self._admission = admission
-        self._group: ResidentGroup | None = None
+        self.group: ResidentGroup | None = None
 
     def note(self, group: ResidentGroup, sequence: Sequence) -> str | None:
         """It ran in a group that has died, all its tokens are written back, and it has not left its row yet. Why it is not
@@ -69,7 +70,7 @@ class Suspects:
             return
         for group in self._state.groups.values():
             if group.alone is sequence:
-                group.alone = None
+                group.keep_for(None)
         if waits and not sequence.wary:
             self._state.waiting.apart.remove(sequence)
             self._state.waiting.join([sequence])
@@ -80,20 +81,16 @@ class Suspects:
         sequence = group.alone
         if sequence is None or sequence.lease is None or group.length.item(sequence.row) < sequence.proven:
             return False
-        sequence.deaths, sequence.wary, group.alone = (), False, None
+        sequence.deaths, sequence.wary = (), False
+        group.keep_for(None)
         self._state.waiting.made_room()
         return True
 
-    @property
-    def pending(self) -> bool:
-        """There is a trial, or somebody waits for one, or is wary."""
-        return self._group is not None or bool(self._state.waiting.apart)
-
     def try_next(self) -> None:
         """Lets those wary go on who may, the first of them first; begins the next trial if none is under way, and lets the
-        suspect start once it has its group to itself."""
+        suspect start once it has its group to itself. Where nobody waits apart and there is no trial it does nothing."""
         self._reassure()
-        group = self._group = self._standing() or self._empty_one()
+        group = self.group = self._standing() or self._empty_one()
         suspect = group.alone if group is not None else None
         if group is None or suspect is None or suspect.state is not State.WAITING:
             return
@@ -124,11 +121,11 @@ class Suspects:
 
     def _standing(self) -> ResidentGroup | None:
         """The group of the trial that goes on: neither it nor the suspect has gone."""
-        group = self._group
+        group = self.group
         if group is None or group.alone is None or self._state.groups.get(group.group) is not group:
             return None
         if group.alone.state is State.ENDED or (group.draining and group.alone.state is State.WAITING):
-            group.alone = None
+            group.keep_for(None)
             self._state.waiting.made_room()
             return None
         return group
@@ -138,7 +135,7 @@ class Suspects:
         suspect = min((each for each in self._state.waiting.apart if each.suspect), default=None)
         group = None if suspect is None else self._least_loaded(suspect)
         if group is not None:
-            group.alone = suspect
+            group.keep_for(suspect)
             for other in sorted(group.running, reverse=True):
                 leases.preempt(self._state, group, other)
         return group

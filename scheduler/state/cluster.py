@@ -42,9 +42,10 @@ class ClusterState:
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
     their blocks, 0 if unknown. resting: those that are tried again later, and not expected until then. largest_up: blocks of
     the largest pool that is up. largest: of the largest pool that is up or expected; 0 without any, None while one of unknown
-    size is expected. largest_later: likewise, those that rest included. computed: tokens that were computed lately. lost: why
-    the last group went that is not expected. numbers: of sequences. random: draws the seeds of
-    requests that bring none. window: None where some layer sees all that came before. narrow: of the others then, if there are
+    size is expected. largest_later: likewise, those that rest included. longest, longest_later: blocks that bound the length
+    of a sequence then: as many, unless no sequence ever holds as many at once. computed: tokens that were computed lately.
+    lost: why the last group went that is not expected. numbers: of sequences. random: draws the seeds of requests that bring
+    none. window: None where some layer sees all that came before. narrow: of the others then, if there are
     any: they have pools of their own (`kvcache.ids.NARROW`), and a sequence has blocks in both.
     """
 
@@ -80,10 +81,9 @@ class ClusterState:
         expected, resting = [*self.expected.values()], [rest.blocks for rest in self.resting.values()]
         self.largest = None if 0 in expected else max([self.largest_up, *expected])
         self.largest_later = None if 0 in expected + resting else max([self.largest_up, *expected, *resting])
+        self.longest, self.longest_later = self._longest(self.largest), self._longest(self.largest_later)
 
-    def longest(self, largest: int | None) -> int | None:
-        """Blocks that bound the length of a sequence where that is the largest pool: its own, unless no sequence ever holds as
-        many at once."""
+    def _longest(self, largest: int | None) -> int | None:
         endless = self.window is not None and largest is not None and largest >= self.window.most
         return None if endless else largest
 

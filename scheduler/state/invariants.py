@@ -111,6 +111,7 @@ def _check_rows(state: ClusterState, group: ResidentGroup) -> None:
     assert seated.isdisjoint(group.free_rows), f"group {group.group}: a taken row is listed as free"
     assert len(seated) + len(group.free_rows) == len(group.sequences), f"group {group.group}: a row is lost"
     assert group.running == {s for s in group.sequences if s is not None}, f"group {group.group}: running set"
+    assert group.closed == (group.draining or group.alone is not None), f"group {group.group}: it is closed without a reason"
     assert group.alone is None or group.running <= {group.alone}, f"group {group.group}: it is kept for one, others run there"
     assert all(s is group.alone for s in group.running if s.suspect), f"group {group.group}: a suspect has company"
     assert set(group.starved) <= group.running, f"group {group.group}: a starved sequence does not run"

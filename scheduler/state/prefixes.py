@@ -47,6 +47,14 @@ class Promise(NamedTuple):
     end: int
 
 
+class Peer(NamedTuple):
+    """Who fills a block that somebody else needs. computed: tokens that stand in its blocks; 0 while its own prefix is on its
+    way."""
+
+    author: Sequence
+    computed: int
+
+
 class Prefixes:
     """Which block each sequence with blocks fills, and who waits for it.
 
@@ -66,6 +74,7 @@ class Prefixes:
         self._groups = groups
         self._block_size = config.block_size
         self._parts = config.stride > 0
+        self._waits = config.wait_for_prefix
         self._least = max(1, int(WORTH_WAITING * config.block_size))
 
     # ---- who fills which block
@@ -93,16 +102,19 @@ class Prefixes:
             if not fillers:
                 del self._fillers[key]
 
-    def peers(self, sequence: Sequence, block: int, tokens: int) -> list[Sequence]:
-        """Who fills, as far as is known here, what could be this block of `sequence`, whose first `tokens` tokens count.
+    def peers(self, sequence: Sequence, block: int, reusable: int) -> tuple[list[Peer], Promise | None]:
+        """Who fills, as far as is known here, what could be this block of `sequence`, where a hit may cover `reusable` tokens;
+        and what it could wait for.
 
         The tokens before it are the same but for a collision; those in it may differ from the first one on.
         """
         start = block * self._block_size
-        if tokens - start < self.stride or not self._fillers:
-            return []
+        if reusable - start < self.stride or not self._fillers:
+            return [], None
         before = _before(sequence, block)
-        return [*self._under(self._begins(sequence, start, before)), *self._under(before)]
+        authors = [*self._under(self._begins(sequence, start, before)), *self._under(before)]
+        peers = [Peer(author, self._computed(author)) for author in authors]
+        return peers, self._promised(sequence, block, reusable, peers) if peers and self._waits else None
 
     def everyone(self) -> dict[Sequence, int]:
         """The key under which each is found, for the invariants."""
@@ -116,13 +128,10 @@ class Prefixes:
 
     # ---- what they are about to compute
 
-    def promised(self, sequence: Sequence, block: int, reusable: int, peers: Listing[Sequence]) -> Promise | None:
-        """The most full blocks that a peer has in common with `sequence`, else a good part of its next one, `block`.
-
-        reusable: tokens that a hit may cover.
-        """
+    def _promised(self, sequence: Sequence, block: int, reusable: int, peers: Listing[Peer]) -> Promise | None:
+        """The most full blocks that a peer has in common with `sequence`, else a good part of its next one, `block`."""
         best: Promise | None = None
-        for author in peers:
+        for author, _ in peers:
             blocks, end = block, min(reusable // self._block_size, len(author.hashes))
             while blocks < end and author.hashes[blocks] == sequence.hashes[blocks]:
                 blocks += 1
@@ -130,16 +139,16 @@ class Prefixes:
                 best = Promise(author, blocks, blocks * self._block_size, blocks * self._block_size)
         return best or self._promised_part(sequence, block, reusable, peers)
 
-    def _promised_part(self, sequence: Sequence, block: int, reusable: int, peers: Listing[Sequence]) -> Promise | None:
+    def _promised_part(self, sequence: Sequence, block: int, reusable: int, peers: Listing[Peer]) -> Promise | None:
         start = block * self._block_size
         full = start + self._block_size
         if not self._parts or min(full, reusable) - start < self._least:
             return None
         wanted = sequence.buffer[start : min(full, reusable)].tobytes()
-        for author in peers:
+        for author, computed in peers:
             filled = min(author.committed, full)
             common = common_prefix(author.buffer[start:filled].tobytes(), wanted)
-            if common - max(0, self._computed(author) - start) >= self._least:
+            if common - max(0, computed - start) >= self._least:
                 return Promise(author, block + 1 if filled == full else WHOLE_PROMPT, start + common, filled)
         return None
 
@@ -164,13 +173,13 @@ class Prefixes:
 
     # ---- what they have computed
 
-    def show(self, sequence: Sequence, block: int, peers: Listing[Sequence]) -> None:
+    def show(self, sequence: Sequence, block: int, peers: Listing[Peer]) -> None:
         """Publishes what peers have computed so far of this block, the next that `sequence` needs. A match stays valid: nothing
         is taken away."""
         start = block * self._block_size
         begins = start + self.stride
-        for author in peers if self._parts else ():
-            computed, blocks = self._computed(author), author.blocks
+        for author, computed in peers if self._parts else ():
+            blocks = author.blocks
             if computed < begins or blocks is None:
                 continue
             self._group(author).write_back(author, computed)
@@ -180,7 +189,6 @@ class Prefixes:
                     self._table.publish_tail(each, author.buffer[start:computed].tobytes())
 
     def _computed(self, author: Sequence) -> int:
-        """Tokens that stand in its blocks; 0 while its own prefix is on its way."""
         return self._group(author).computed(author.row) if author.lease is not None else 0
 
     def _group(self, author: Sequence) -> ResidentGroup:

@@ -118,8 +118,9 @@ class ResidentGroup:
         self.reports = 0
         self.life = epoch  # the epoch in which its ranks were started
         self.whole_s = math.inf  # the last moment at which all its ranks are known to have lived; inf where nobody says so
-        self.draining = False  # it takes no new sequences; whoever sets it touches the group
-        self._alone: Sequence | None = None
+        self.draining = False  # it takes no new sequences
+        self.alone: Sequence | None = None  # for whom it is kept: nobody else starts there
+        self.closed = False  # to newcomers, for either reason
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
         self.experts = ExpertBalance()
@@ -134,20 +135,15 @@ class ResidentGroup:
         self._roster: Roster | None = None
         self._advanced = 0  # steps committed since the positions of the roster's audience were taken, a token each
 
-    @property
-    def alone(self) -> Sequence | None:
-        """For whom it is kept: nobody else starts there. Until that one's lease ends, or it is set to None."""
-        return self._alone
-
-    @alone.setter
-    def alone(self, sequence: Sequence | None) -> None:
-        self._alone = sequence
+    def set_draining(self, draining: bool) -> None:
+        """Whether it takes no new sequences from now on."""
+        self.draining, self.closed = draining, draining or self.alone is not None
         self.touch()
 
-    @property
-    def closed(self) -> bool:
-        """To newcomers."""
-        return self.draining or self._alone is not None
+    def keep_for(self, sequence: Sequence | None) -> None:
+        """Until that one's lease ends; None: for nobody from now on."""
+        self.alone, self.closed = sequence, self.draining or sequence is not None
+        self.touch()
 
     @property
     def rows_left(self) -> int:
@@ -232,8 +228,8 @@ class ResidentGroup:
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
-        if self._alone is sequence:
-            self._alone = None
+        if self.alone is sequence:
+            self.keep_for(None)
         sequence.lease, sequence.row = None, -1
         self._roster = None
         self.touch()

@@ -53,12 +53,12 @@ from scheduler.protocol.sampling import SamplingParams
 from scheduler.protocol.silence import BEAT_S
 from scheduler.state.sequence import Sequence
 from scheduler.state.window import Window
+from tests.shared.simulated import UNWRITTEN, SimulatedExecutor, continuation, digests, pooled
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import abandon
 from workers.loop.ledger import Ledger, inventory
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
-from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digests, pooled
 
 VOCABULARY = 2
 NARROW_BLOCKS = 5

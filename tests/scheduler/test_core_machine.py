@@ -397,13 +397,11 @@ class CoreMachine(RuleBasedStateMachine):
             return
         others = [other for name, other in self.cluster.core.groups.items() if name != group and not other.draining]
         for other in others:
-            other.draining = True
-            other.touch()
+            other.set_draining(True)
         for value in (first, 1 - first):
             self.submit([value], [], 0, 1, 20, 0, (), "")
         for other in others:
-            other.draining = False
-            other.touch()
+            other.set_draining(False)
         self.cluster.core.waiting.made_room()
         self.cluster.core._admission.admit()
         self.cluster.settle()

@@ -43,11 +43,11 @@ def test_whoever_others_keep_the_blocks_of_gives_way_first() -> None:
     cluster = Cluster((24, 24), max_num_seqs=8)
     core = cluster.core
     for other in (GroupId(1), HERE):  # both get the same two blocks
-        core.groups[other].draining = True
+        core.groups[other].set_draining(True)
         cluster.submit([*filled(0, 1), 1], max_tokens=1)
         cluster.run()
-        core.groups[other].draining = False
-    core.groups[GroupId(1)].draining = True
+        core.groups[other].set_draining(False)
+    core.groups[GroupId(1)].set_draining(True)
     needy = cluster.submit([1], max_tokens=8)[0]
     known = cluster.submit([*filled(0, 1), 0], max_tokens=8)[0]
     alone = [cluster.submit([*filled(1, 0), 0], max_tokens=8, salt=salt)[0] for salt in ("one", "other")]

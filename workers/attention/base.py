@@ -100,7 +100,3 @@ class PagedAttention(Protocol):
     ) -> Tensor:
         """All chunks of a step at once: query [tokens, heads, head_dim] -> the same, in `out` where it is given."""
         ...
-
-
-class DeviceAttention(AttentionBackend, PagedAttention, Protocol):
-    """A backend that can do both."""

@@ -36,7 +36,7 @@ class ByModel:
         self._doors = doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._further or scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+        if not self._further.models or scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self._app(scope, receive, send)
             return
         try:

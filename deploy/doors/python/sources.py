@@ -15,7 +15,7 @@ import msgspec
 from deploy.config.faults import where
 from deploy.config.load import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
 from deploy.text.content import Content, Conversation, Message, PromptError, for_template
-from deploy.text.files import refuse_halves, surrogate, writable
+from deploy.text.files import surrogate, writable
 from deploy.text.prompts import LEAST_URGENT, MOST_URGENT, USUAL_PARAMS, USUAL_TERMS, Prompt, Terms
 from scheduler.protocol.sampling import SamplingParams
 
@@ -245,9 +245,9 @@ def _text(name: str, value: Any, hint: str = "") -> str:
 
 def _refuse_halves(name: str, text: str) -> str:
     try:
-        refuse_halves(text)
-    except ValueError as error:
-        raise PromptError(f"{name}: {error}") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{name}: {surrogate(error)}") from None
     return text
 
 

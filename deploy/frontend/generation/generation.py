@@ -72,6 +72,8 @@ class Generation:
         self.prompt = prompt
         self.submission = submission
         self.stream = submission.request.stream
+        self.streams = range(self.stream, self.stream + params.n)
+        """A number for each choice."""
         self.hashes = submission.request.hashes
         self._lock = threading.Lock()
         self._choices = [
@@ -84,11 +86,6 @@ class Generation:
         self._each_token = each_token
         self._notified = False  # and not taken since
         self._done = False  # the last output was taken
-
-    @property
-    def streams(self) -> range:
-        """One stream number for each choice."""
-        return range(self.stream, self.stream + len(self._choices))
 
     @property
     def finished(self) -> bool:

@@ -50,13 +50,10 @@ class FurtherModel:
 
 
 class FurtherModels:
-    """Belongs to the event loop of the services."""
+    """Belongs to the event loop of the services. models: by name."""
 
     def __init__(self) -> None:
-        self._models: dict[str, FurtherModel] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._models)
+        self.models: dict[str, FurtherModel] = {}
 
     def __iter__(self) -> Iterator[FurtherModel]:
         """Those with a cluster of their own, by name."""
@@ -64,17 +61,17 @@ class FurtherModels:
 
     def listed(self) -> list[FurtherModel]:
         """With the adapters, by name."""
-        return [self._models[name] for name in sorted(self._models)]
+        return [self.models[name] for name in sorted(self.models)]
 
     def get(self, name: str | None) -> FurtherModel | None:
         """None: that one is not here; the first model is not either."""
-        return self._models.get(name) if name is not None else None
+        return self.models.get(name) if name is not None else None
 
     def put(self, model: FurtherModel) -> None:
         """From now on newcomers are its; those of another one of this name go on where they are."""
-        self._models[model.name] = model
+        self.models[model.name] = model
 
     def remove(self, model: FurtherModel) -> None:
         """No newcomer finds it; what is under way goes on. Does nothing if another one has taken its place."""
-        if self._models.get(model.name) is model:
-            del self._models[model.name]
+        if self.models.get(model.name) is model:
+            del self.models[model.name]

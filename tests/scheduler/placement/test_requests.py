@@ -9,7 +9,7 @@ from msgspec import structs
 
 from kvcache.ids import GroupId
 from scheduler.config.core import QueueBounds
-from scheduler.placement.limits import RequestRefused, blocks_for, output_limit
+from scheduler.placement.limits import RequestRefused, allowance, blocks_for
 from scheduler.protocol.messages import Failure, FinishReason, Request, Resumption
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import snapshot
@@ -76,16 +76,17 @@ def test_max_tokens_none_goes_on_to_the_end_of_the_model() -> None:
 )
 def test_a_refusal_says_the_numbers(prompt: int, max_tokens: int | None, model_len: int, pool: int, numbers: list[str]) -> None:
     with pytest.raises(RequestRefused) as refused:
-        output_limit(prompt, max_tokens, model_len, 4, pool)
+        allowance(prompt, max_tokens, model_len, 4, pool)
     for number in numbers:
         assert number in str(refused.value)
 
 
 def test_limits_leave_room_for_every_token_but_the_last() -> None:
-    assert output_limit(29, 8, 99, 4, 9) == 8
-    assert output_limit(36, None, 99, 4, 9) == 1
-    assert output_limit(5, None, 99, 4, None) == 94
-    assert output_limit(5, None, 99, 4, 2) == 4
+    assert allowance(29, 8, 99, 4, 9) == (8, 9)
+    assert allowance(36, None, 99, 4, 9) == (1, 9)
+    assert allowance(5, None, 99, 4, None) == (94, 25)
+    assert allowance(5, None, 99, 4, 2) == (4, 2)
+    assert allowance(8, 0, 99, 4, 2) == (0, 2)
 
 
 def test_a_refused_request_leaves_nothing_behind() -> None:

@@ -33,7 +33,7 @@ def test_many_groups_are_placed_as_few_are(seed: int, window: int | None) -> Non
             match = cluster.core.table.index.match(tokens, sequence.hashes, sequence.salt, limit // 4)
             parts = cluster.core.table.index.parts(match, tokens, sequence.salt, limit)
             blocks = min(-(-(len(tokens) + cluster.core.resolved.grant_ahead) // 4), sequence.blocks_at_most)
-            newcomer = Newcomer(sequence, tokens, limit, match, [], blocks, parts)
+            newcomer = Newcomer(sequence, tokens, limit, match, [], None, blocks, parts)
             few, many = (routing.cheapest(newcomer, few=few) for few in (len(routing.groups), 0))
             assert few == many
             found += few is not None and few[1] is not None

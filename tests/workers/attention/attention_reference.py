@@ -4,6 +4,7 @@ Imports torch, the pool and the step; no backend.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
+from workers.attention.base import AttentionBackend, PagedAttention
 from workers.attention.forms import Form
 from workers.step import StepInput
 
 SPARE_BLOCKS = 3
 NO_BLOCK = 1 << 30
 """In place of blocks that a layer does not see, whoever holds them: must not be followed."""
+
+
+class DeviceAttention(AttentionBackend, PagedAttention, Protocol):
+    """A backend that can do both."""
 
 
 def make_step(query_lens: list[int], context_lens: list[int], block_size: int, seed: int = 0) -> StepInput:

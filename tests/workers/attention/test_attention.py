@@ -15,9 +15,9 @@ from _pytest.mark import ParameterSet
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.workers.attention import fake_flash_attn
-from tests.workers.attention.attention_reference import Problem, make_problem, make_step
+from tests.workers.attention.attention_reference import DeviceAttention, Problem, make_problem, make_step
 from tests.workers.kernels.devices import CUDA, gpu
-from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
+from workers.attention.base import AttentionBackend, Chunks
 from workers.attention.cpu.native import FLAGS, NativeAttention, NativeUnavailable, load_library
 from workers.attention.cpu.plain import CpuAttention
 from workers.attention.flash import FlashAttention, load_kernels

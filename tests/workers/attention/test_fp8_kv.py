@@ -8,10 +8,10 @@ from _pytest.mark import ParameterSet
 
 from kvcache.layout import FP8, BlockLayout, KVScales
 from kvcache.pool import KVPool
-from tests.workers.attention.attention_reference import make_step, to_device
+from tests.workers.attention.attention_reference import DeviceAttention, make_step, to_device
 from tests.workers.attention.fp8_reference import SCALES, NarrowProblem, codes_of, magnitudes, narrow_problem
 from tests.workers.kernels.devices import CUDA, gpu
-from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
+from workers.attention.base import AttentionBackend, Chunks
 from workers.attention.cpu.native import NativeAttention, NativeUnavailable
 from workers.attention.cpu.plain import CpuAttention
 from workers.attention.cpu.varied import VariedAttention

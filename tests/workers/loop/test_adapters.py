@@ -9,13 +9,13 @@ import pytest
 
 from scheduler.protocol.leaders import Adapted, Adapts, Command, Drop, End, Grant, LeaseId, Moved, Refused, Report, Start
 from scheduler.protocol.messages import Adapter
+from tests.shared.simulated import SimulatedExecutor
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.adapters import AdapterRead, GatheredReads, OnRead, Residency
 from workers.loop.batch import NO_ADAPTER, ResidentBatch
 from workers.loop.leader import follow, lead
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
-from workers.loop.simulated import SimulatedExecutor
 
 A, B, C = (Adapter(name, f"version of {name}", f"/adapters/{name}") for name in "abc")
 

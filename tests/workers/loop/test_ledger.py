@@ -7,11 +7,11 @@ from msgspec.structs import replace
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
 from scheduler.protocol.leaders import Command, Drop, Grant, LeaseId, Load, Moved, Offload, Receive, Remap, Trim
+from tests.shared.simulated import SimulatedExecutor, digest
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
 from workers.loop.ledger import MOST_STEPS, Ledger
 from workers.loop.rank import Rank
-from workers.loop.simulated import SimulatedExecutor, digest
 
 BLOCKS = 12
 

@@ -9,13 +9,13 @@ from scheduler.protocol.handshake import Stranger, identify, introduce
 from scheduler.protocol.leaders import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
 from scheduler.protocol.messages import Connect
 from scheduler.protocol.wire import FrameSocket, listen
+from tests.shared.simulated import SimulatedExecutor
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.link import Greeting, SocketFeed, SocketInbox, SocketLink
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
-from workers.loop.simulated import SimulatedExecutor
 from workers.moving.mover import BlockMover
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from scheduler.protocol.leaders import Adapts, Command, Copy, Drop, End, Moved, Refused, Report, Start
 from scheduler.protocol.messages import FinishReason
+from tests.shared.simulated import SimulatedExecutor, continuation
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.leader import follow, lead
 from workers.loop.rank import Pending, Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
-from workers.loop.simulated import SimulatedExecutor, continuation
 
 
 class Recorder:

@@ -7,12 +7,12 @@ import numpy as np
 from scheduler.batching import StepPlan
 from scheduler.protocol.leaders import Adapts, Command, End, ExpertLoad, Moved, Refused, Report
 from scheduler.protocol.messages import NO_TOKEN, FinishReason
+from tests.shared.simulated import SimulatedExecutor
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.leader import lead
 from workers.loop.rank import Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
-from workers.loop.simulated import SimulatedExecutor
 
 
 def result(

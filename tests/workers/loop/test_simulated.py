@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from scheduler.protocol.leaders import Command, Copy
+from tests.shared.simulated import SimulatedExecutor, continuation, digest, next_token
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
-from workers.loop.simulated import SimulatedExecutor, continuation, digest, next_token
 
 VOCABULARY = 1 << 20
 PROMPT = list(range(6))

@@ -180,9 +180,9 @@ class Endpoint(ABC, Generic[R]):
         self._reasoning: ReasoningFormat | None = None
         """How outputs may begin with thoughts."""
 
-    async def whole(self, request: R, caller: Caller, warnings: Warnings | None = None) -> Completion | ChatCompletion:
+    async def whole(self, request: R, caller: Caller, warnings: Warnings) -> Completion | ChatCompletion:
         """warnings: are told what the client should know beside the answer. Errors: RequestError."""
-        answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
+        answer = await self._begin(request, caller, int(time.time()), warnings)
         meter = self._meter(answer)
         outputs = [WholePrompt(prompt.params.n) for prompt in answer.prompts]
         async with aclosing(self.deltas(answer.prompts, caller, gathered=True)) as deltas:

@@ -5,7 +5,7 @@ Each slot of a block holds a digest of the sequence up to it, computed from the 
 wrong block table, a hit on what was never computed or a lost write changes the tokens, as it would with a real model. Where it
 has a window, each digest is made of all digests in that, and of none before it. Where it has narrow layers beside others, there
 are blocks and digests of both kinds, and a token depends on both.
-Pure NumPy. Used by tests and replay.
+Pure NumPy.
 """
 
 from collections.abc import Iterable
