@@ -26,8 +26,10 @@ from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
-TEXT_PARTS = (r"\blanguage_model\.model\.", "model."), (r"\blanguage_model\.", "")
+TEXT_PARTS = (r"\blanguage_model\.model\.", "model."), (r"\blanguage_model\.", ""), (r"\btext_model\.", "")
 """How the text part of a checkpoint that also sees is named, and how it is by itself."""
+
+TEXT_NAMES = "language_model.", "text_model."
 
 
 @torch.inference_mode()
@@ -60,7 +62,7 @@ def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, ParameterSou
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     sources: dict[str, ParameterSource] = {}
     spare: set[str] = set()
-    several = any("language_model." in name for name in checkpoint.names())
+    part = next((part for part in TEXT_NAMES if any(part in name for name in checkpoint.names())), None)
     for name in sorted(checkpoint.names(), key=dot_natural_key):
         target, pattern = _renamed(name, renamings, converters, model.base_model_prefix, wanted)
         if target in wanted:
@@ -68,7 +70,7 @@ def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, ParameterSou
             source.names[pattern or name].append(name)
             if pattern is not None and source.converter is None:
                 source.converter = deepcopy(by_pattern[pattern])
-        elif _known_spare(model, target, name, several):
+        elif _known_spare(model, target, name, part):
             spare.add(name)
     return sources, spare
 
@@ -88,12 +90,13 @@ def _renamed(
     return name, None
 
 
-def _known_spare(model: Any, target: str, name: str, several: bool) -> bool:
-    """Layers that predict further tokens, shared layers' own keys: what transformers leaves out; and what sees and hears."""
+def _known_spare(model: Any, target: str, name: str, part: str | None) -> bool:
+    """Layers that predict further tokens, shared layers' own keys: what transformers leaves out; and what sees and hears.
+    part: what the text part is called, where there are others."""
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if any(re.search(pattern, target) for pattern in ignored):
         return True
-    return several and "language_model." not in name and not name.startswith("lm_head.")
+    return part is not None and part not in name and not name.startswith("lm_head.")
 
 
 def _ties(

@@ -132,6 +132,22 @@ def test_the_text_part_of_a_checkpoint_that_also_sees(old: bool, tmp_path: Path)
         torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_text_part_that_is_called_text_model(tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14}  # fmt: skip
+    text = SIZES | {"model_type": "llama"}
+    config = transformers.Idefics3Config(text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=198)
+    model = transformers.Idefics3ForConditionalGeneration(config)
+    sharpen(model.model.text_model)
+    path = tmp_path / "idefics3"
+    model.save_pretrained(path)
+    assert "model.text_model.embed_tokens.weight" in load_file(path / "model.safetensors")
+    with torch.inference_mode():
+        wanted = model.eval()(torch.tensor([PROMPT])).logits[:, -1]
+    for size in (1, 2):
+        torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_any_conversion_of_transformers(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors that a converter splits, or turns, are converted whole, and the rank's part is kept."""
