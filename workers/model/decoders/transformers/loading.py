@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from workers.model.checkpoint.kv_scales import scale_names
@@ -35,10 +35,11 @@ TEXT_NAMES = "language_model.", "text_model."
 @torch.inference_mode()
 def load(
     model: Any, found: dict[str, ParameterShare], checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype,
-    device: torch.device, progress: Progress | None,
+    device: torch.device, progress: Progress | None, part_of: str | None,
 ) -> None:  # fmt: skip
-    """Fills the model, which is on the meta device, with this rank's shares of its parameters. Errors: CheckpointError."""
-    sources, spare = _sources(model, checkpoint)
+    """Fills the model, which is on the meta device, with this rank's shares of its parameters. part_of: the model type of the
+    whole checkpoint, where the model is its text part. Errors: CheckpointError."""
+    sources, spare = _sources(model, checkpoint, part_of)
     ties = _ties(model, checkpoint, sources, found, comm, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _allocate(model, found, ties, comm, dtype, device)
@@ -52,19 +53,22 @@ def load(
 # ---- names
 
 
-def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, ParameterSource], set[str]]:
+def _sources(model: Any, checkpoint: Checkpoint, part_of: str | None) -> tuple[dict[str, ParameterSource], set[str]]:
     """By parameter, and the tensors of the checkpoint that are known not to be read. A converter with several targets is under
     the first of them."""
     wanted = dict(model.state_dict())
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    own = get_model_conversion_mapping(model)
+    whole = get_checkpoint_conversion_mapping(part_of) if part_of is not None else None
+    by_pattern = {
+        pattern: each for each in [*(whole or []), *own] if isinstance(each, WeightConverter) for pattern in each.source_patterns
+    }
     sources: dict[str, ParameterSource] = {}
     spare: set[str] = set()
     part = next((part for part in TEXT_NAMES if any(part in name for name in checkpoint.names())), None)
     for name in sorted(checkpoint.names(), key=dot_natural_key):
-        target, pattern = _renamed(name, renamings, converters, model.base_model_prefix, wanted)
+        target, pattern = _renamed(name, own, model.base_model_prefix, wanted)
+        if target not in wanted and whole:
+            target, pattern = _renamed(name, whole, model.base_model_prefix, wanted)
         if target in wanted:
             source = sources.setdefault(target, ParameterSource())
             source.names[pattern or name].append(name)
@@ -75,10 +79,10 @@ def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, ParameterSou
     return sources, spare
 
 
-def _renamed(
-    name: str, renamings: list[Any], converters: list[Any], prefix: str, wanted: dict[str, Tensor]
-) -> tuple[str, str | None]:
+def _renamed(name: str, conversions: list[Any], prefix: str, wanted: dict[str, Tensor]) -> tuple[str, str | None]:
     """The parameter that a tensor of the checkpoint is for, and the pattern by which a converter wants it, if one does."""
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
     names = [name, *(re.sub(part, alone, name) for part, alone in TEXT_PARTS)]
     for each in dict.fromkeys(names):
         target, pattern = rename_source_key(each, renamings, converters, prefix, wanted)
