@@ -59,9 +59,8 @@ def _sources(model: Any, checkpoint: Checkpoint, part_of: str | None) -> tuple[d
     wanted = dict(model.state_dict())
     own = get_model_conversion_mapping(model)
     whole = get_checkpoint_conversion_mapping(part_of) if part_of is not None else None
-    by_pattern = {
-        pattern: each for each in [*(whole or []), *own] if isinstance(each, WeightConverter) for pattern in each.source_patterns
-    }
+    converters = [each for each in [*(whole or []), *own] if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     sources: dict[str, ParameterSource] = {}
     spare: set[str] = set()
     part = next((part for part in TEXT_NAMES if any(part in name for name in checkpoint.names())), None)
