@@ -13,6 +13,7 @@ from workers.attention.forms import Form, HeadShape
 from workers.model.config.fields import CheckpointError
 from workers.model.transformers.attention import AttentionSlot, NotComputed
 from workers.model.transformers.classes import build
+from workers.model.transformers.compared import WORKS
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.running import hidden_of, logits_of
 from workers.model.transformers.sharding import head_is_shared, share_out, shares
@@ -107,15 +108,20 @@ def _run(config: Any, size: int) -> Survey:
             tokens, positions = torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS)
             logits_of(model, hidden_of(model, tokens, positions, torch.zeros(1, dtype=torch.int64)))
     except NotComputed as error:
-        raise CheckpointError(f"{type(model).__name__} is not served: {error}") from error
+        raise CheckpointError(f"{type(model).__name__} is not served: {error}: {WORKS}") from error
     except Exception as error:  # whatever a class of somebody else's may raise where its parameters do not fit each other
-        shared = f" by {size} ranks" if size > 1 else ""
-        raise CheckpointError(f"{type(model).__name__} cannot be run{shared} ({type(error).__name__}: {error})") from error
+        name, found_so = type(model).__name__, f"({type(error).__name__}: {error})"
+        if size > 1:
+            raise CheckpointError(f"{name} cannot be run by {size} ranks {found_so}") from error
+        raise CheckpointError(
+            f"{name} is not served: what it asks of attention is found by running it without its numbers and with no cache of "
+            f"transformers', and it cannot be run so {found_so}: {WORKS}"
+        ) from error
     layers = int(config.num_hidden_layers)
     if sorted(heads) != list(range(len(heads))) or len(heads) < layers:
         raise CheckpointError(
             f"{type(model).__name__} is not served: of its {layers} layers {len(heads)} attend through transformers' registry, "
-            "so the others are recurrent, or keep what no KV cache has"
+            f"so the others are recurrent, or keep what no KV cache has: {WORKS}"
         )
     order = range(len(heads))
     return Survey(tuple(heads[n] for n in order), tuple(forms[n] for n in order), size > 1 and head_is_shared(model, found))

@@ -127,7 +127,7 @@ def load_transformers(
     model = build(config.text)
     found = shares(model, comm.size)
     with Checkpoint(path, config.scheme) as checkpoint:
-        load(model, found, checkpoint, comm, dtype, device, progress)
+        load(model, found, checkpoint, comm, dtype, device, progress, config.part_of)
     hold_still(model, positions)
     share_out(model, found, comm)
     return TransformersDecoder(config, model, comm, dtype, device, positions)

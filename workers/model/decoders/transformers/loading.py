@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from workers.model.checkpoint.kv_scales import scale_names
@@ -26,17 +26,20 @@ from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
-TEXT_PARTS = (r"\blanguage_model\.model\.", "model."), (r"\blanguage_model\.", "")
+TEXT_PARTS = (r"\blanguage_model\.model\.", "model."), (r"\blanguage_model\.", ""), (r"\btext_model\.", "")
 """How the text part of a checkpoint that also sees is named, and how it is by itself."""
+
+TEXT_NAMES = "language_model.", "text_model."
 
 
 @torch.inference_mode()
 def load(
     model: Any, found: dict[str, ParameterShare], checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype,
-    device: torch.device, progress: Progress | None,
+    device: torch.device, progress: Progress | None, part_of: str | None,
 ) -> None:  # fmt: skip
-    """Fills the model, which is on the meta device, with this rank's shares of its parameters. Errors: CheckpointError."""
-    sources, spare = _sources(model, checkpoint)
+    """Fills the model, which is on the meta device, with this rank's shares of its parameters. part_of: the model type of the
+    whole checkpoint, where the model is its text part. Errors: CheckpointError."""
+    sources, spare = _sources(model, checkpoint, part_of)
     ties = _ties(model, checkpoint, sources, found, comm, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _allocate(model, found, ties, comm, dtype, device)
@@ -50,33 +53,35 @@ def load(
 # ---- names
 
 
-def _sources(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, ParameterSource], set[str]]:
+def _sources(model: Any, checkpoint: Checkpoint, part_of: str | None) -> tuple[dict[str, ParameterSource], set[str]]:
     """By parameter, and the tensors of the checkpoint that are known not to be read. A converter with several targets is under
     the first of them."""
     wanted = dict(model.state_dict())
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    own = get_model_conversion_mapping(model)
+    whole = get_checkpoint_conversion_mapping(part_of) if part_of is not None else None
+    converters = [each for each in [*(whole or []), *own] if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     sources: dict[str, ParameterSource] = {}
     spare: set[str] = set()
-    several = any("language_model." in name for name in checkpoint.names())
+    part = next((part for part in TEXT_NAMES if any(part in name for name in checkpoint.names())), None)
     for name in sorted(checkpoint.names(), key=dot_natural_key):
-        target, pattern = _renamed(name, renamings, converters, model.base_model_prefix, wanted)
+        target, pattern = _renamed(name, own, model.base_model_prefix, wanted)
+        if target not in wanted and whole:
+            target, pattern = _renamed(name, whole, model.base_model_prefix, wanted)
         if target in wanted:
             source = sources.setdefault(target, ParameterSource())
             source.names[pattern or name].append(name)
             if pattern is not None and source.converter is None:
                 source.converter = deepcopy(by_pattern[pattern])
-        elif _known_spare(model, target, name, several):
+        elif _known_spare(model, target, name, part):
             spare.add(name)
     return sources, spare
 
 
-def _renamed(
-    name: str, renamings: list[Any], converters: list[Any], prefix: str, wanted: dict[str, Tensor]
-) -> tuple[str, str | None]:
+def _renamed(name: str, conversions: list[Any], prefix: str, wanted: dict[str, Tensor]) -> tuple[str, str | None]:
     """The parameter that a tensor of the checkpoint is for, and the pattern by which a converter wants it, if one does."""
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
     names = [name, *(re.sub(part, alone, name) for part, alone in TEXT_PARTS)]
     for each in dict.fromkeys(names):
         target, pattern = rename_source_key(each, renamings, converters, prefix, wanted)
@@ -88,12 +93,13 @@ def _renamed(
     return name, None
 
 
-def _known_spare(model: Any, target: str, name: str, several: bool) -> bool:
-    """Layers that predict further tokens, shared layers' own keys: what transformers leaves out; and what sees and hears."""
+def _known_spare(model: Any, target: str, name: str, part: str | None) -> bool:
+    """Layers that predict further tokens, shared layers' own keys: what transformers leaves out; and what sees and hears.
+    part: what the text part is called, where there are others."""
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if any(re.search(pattern, target) for pattern in ignored):
         return True
-    return several and "language_model." not in name and not name.startswith("lm_head.")
+    return part is not None and part not in name and not name.startswith("lm_head.")
 
 
 def _ties(
