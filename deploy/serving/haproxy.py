@@ -54,7 +54,7 @@ DOORS = (
 
 
 ERROR_FILE = re.compile(r"^(\s*errorfile 50[234] ).*", re.MULTILINE)
-KNOWN_ROUTE = re.compile(r"^\s*use_backend ", re.MULTILINE)
+KNOWN_ROUTE = re.compile(r"^\s*use_backend (?!\w+_onward )", re.MULTILINE)
 NO_ROUTE = re.compile(r"^(backend default_backend\n\s*)http-request return status 404 .*", re.MULTILINE)
 UNAVAILABLE = (
     '{"error":{"message":"no replica can be reached now: try again soon","type":"server_error","param":null,"code":null}}'
@@ -65,6 +65,10 @@ RETRIED = (
     (re.compile(r"^(\s*retry-on conn-failure)$", re.MULTILINE), r"\1 empty-response"),
     (re.compile(r"^(frontend http_frontend\n)(?!    option http-buffer)", re.MULTILINE), r"\1    option http-buffer-request\n"),
 )
+
+DOOR = re.compile(r"^frontend (http|grpc)_frontend\n(?:(?!^\S).*\n)*?\s*bind (\S+):(\d+)( proto h2)?$", re.MULTILINE)
+FIRST_ROUTE = re.compile(r"^([ \t]*)((?:use|default)_backend )", re.MULTILINE)
+THIS_MACHINE = {"0.0.0.0": LOOPBACK, "*": LOOPBACK, "": LOOPBACK, "::": "::1", "[::]": "[::1]"}
 
 APART = (
     (re.compile(r"^(\s*stats socket )\S+", re.MULTILINE), "second.sock"),
@@ -144,6 +148,23 @@ def retried(configuration: str) -> str:
     """
     for found, instead in RETRIED:
         configuration = found.sub(instead, configuration)
+    return configuration
+
+
+def onward(configuration: str) -> str:
+    """The same configuration, of which a HAProxy that is ending passes what still comes on to whoever has its doors by then.
+    A second time changes nothing.
+
+    One request more may come over each connection that is kept, minutes after the change for which it ends: when a stream has
+    ended there. The replicas that it knows may all have gone since, and it hears of no others.
+    """
+    for door in reversed([*DOOR.finditer(configuration)]):
+        kind, host, port, protocol = door.groups()
+        backend, route = f"backend {kind}_onward\n", FIRST_ROUTE.search(configuration, door.end())
+        if backend not in configuration and route is not None:
+            rule = f"{route[1]}use_backend {kind}_onward if {{ stopping }}\n"
+            configuration = f"{configuration[: route.start()]}{rule}{configuration[route.start() :].rstrip()}\n"
+            configuration += f"{backend}    server next {THIS_MACHINE.get(host, host)}:{port}{protocol or ''}\n"
     return configuration
 
 
@@ -393,6 +414,7 @@ def main(arguments: list[str]) -> None:
         )
         configuration = patient(configuration, unavailable)
         configuration = retried(bounded(configuration, float(receive_timeout_s), int(max_connections)))
+        configuration = onward(configuration)
         configuration = with_routes(configuration, file.parent / "routes.cfg", fresh="-sf" not in given)
         file.write_text(configuration)
         (file.parent / "second.cfg").write_text(apart(configuration, file.parent))

