@@ -10,7 +10,7 @@ Serve would have started.
 And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a session of its own that no end of Serve's
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
-and kills either one that is stopped for good: half of all newcomers would wait for it. Each change of the configuration
+wakes either one that a signal has stopped, and kills one that hangs: half of all newcomers would wait for it. Each change of the configuration
 brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
 one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs. Whoever Serve
 starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on with those known last.
@@ -89,7 +89,10 @@ HUNG_S = 10.0
 """Without an answer at its admin socket; a short stop is waited for, as whoever is connected does."""
 
 STOPPED_S = 5.0
-"""That a guard may be stopped while others wait for it."""
+"""That a guard may be stopped while others wait for it, should nobody wake it."""
+
+WAKE_S = 0.5
+"""After which whoever a signal has stopped is woken: it costs nothing, while an end cuts all that is connected."""
 
 ALONE_S = 60.0
 """That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
@@ -218,6 +221,7 @@ def start_guard(binary: str, file: Path) -> None:
 
 def guard(binary: str, file: Path, first: int) -> None:
     """Keeps a second HAProxy up until the next guard takes its place, the folder has gone, or nobody needs it any more."""
+    _keep_awake(file)
     folder, turn = file.parent, file.parent / "guard.pid"
     _note(turn, os.getpid())  # first of all: the guard before this one starts no other in place of what is taken over here
     configuration = folder / "second.cfg"
@@ -250,6 +254,26 @@ def guard(binary: str, file: Path, first: int) -> None:
     second.kill()
     if _is_haproxy(first, file):
         os.kill(first, signal.SIGKILL)
+
+
+def _keep_awake(file: Path) -> None:
+    """A child of this guard's that sends on their way, should a signal stop them, it and either HAProxy. A guard that stayed so
+    would leave the second one at the doors when the endpoint has ended, to answer newcomers of the next one."""
+    guarding, folder, seen = os.getpid(), file.parent, dict[int, int]()
+    if os.fork() != 0:
+        return
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        while os.getppid() == guarding:
+            time.sleep(GUARD_POLL_S)
+            noted = (_noted(folder / "first.pid"), file), (_noted(folder / "second.pid"), folder / "second.cfg")
+            watched = [guarding, *(process for process, of in noted if process is not None and _is_haproxy(process, of))]
+            seen = {process: seen.get(process, 0) + 1 for process in watched if _is_stopped(process)}
+            for process in [process for process, times in seen.items() if times * GUARD_POLL_S >= WAKE_S]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+    finally:
+        os._exit(0)
 
 
 def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | None":

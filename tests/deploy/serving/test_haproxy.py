@@ -28,6 +28,8 @@ from tests.shared.processes import alive, running_by, wait_gone
 from tests.shared.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
+UNWOKEN = "haproxy._keep_awake = lambda _: None"
+"""As where something else than a signal stops a process."""
 
 
 def as_serve_writes_it() -> str:
@@ -327,7 +329,7 @@ def test_a_guard_has_no_file_of_its_parents_and_takes_the_second_one_with_it(tmp
         os.set_inheritable(theirs.fileno(), True)
         start(inherited=(theirs.fileno(),))
         second = second_of(tmp_path)
-        guard = int(Path(f"/proc/{second}/stat").read_text().rpartition(")")[2].split()[1])
+        guard = parent_of(second)
         assert guard in running_by(tmp_path)
         assert str(tmp_path / "theirs") not in open_files(guard)
         os.kill(guard, signal.SIGKILL)
@@ -402,7 +404,7 @@ def test_changes_in_quick_succession_cut_nobody(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_one_that_is_stopped_for_good_is_taken_over_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It hands nothing on, and is still the one that newcomers wait for."""
-    with impatient(tmp_path, monkeypatch, HUNG_S=3.0), doors(tmp_path) as (start, door):
+    with impatient(tmp_path, monkeypatch, UNWOKEN, HUNG_S=3.0), doors(tmp_path) as (start, door):
         first, second = start(), second_of(tmp_path)
         os.kill(second, signal.SIGSTOP)
         start("-sf", str(first.pid))
@@ -418,7 +420,8 @@ def test_a_guard_that_is_stopped_as_it_takes_over_keeps_no_other_from_it(
     stopping += ["    if not here.exists():", "        here.write_text(str(haproxy.os.getpid()))"]
     stopping += ["        haproxy.os.kill(haproxy.os.getpid(), haproxy.signal.SIGSTOP)", "    return start(command)"]
     with (
-        impatient(tmp_path, monkeypatch, *stopping, "haproxy._start = stopped", STOPPED_S=1.0), doors(tmp_path) as (start, door)
+        impatient(tmp_path, monkeypatch, UNWOKEN, *stopping, "haproxy._start = stopped", STOPPED_S=1.0),
+        doors(tmp_path) as (start, door),
     ):  # fmt: skip
         first = start()
         until("it does not stop", lambda: (tmp_path / "stopped").exists())
@@ -577,8 +580,32 @@ def answer_of(port: int, sent: bytes, drip: bytes) -> bytes:
     return said
 
 
+def test_whoever_a_signal_has_stopped_is_woken_and_cuts_nobody(tmp_path: Path) -> None:
+    """Either HAProxy, with what is connected to it, and the guard beside them."""
+    with doors(tmp_path) as (start, door), ExitStack() as stack:
+        first, second = start(), second_of(tmp_path)
+        until("it is not known", lambda: (tmp_path / "second.pid").exists())
+        guard = parent_of(second)
+        kept = [stack.enter_context(dialled(door)) for _ in range(12)]
+        for connection in kept:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        for process in (first.pid, second, guard):
+            os.kill(process, signal.SIGSTOP)
+        time.sleep(1.0)
+        until("one stays stopped", lambda: not any(map(haproxy._is_stopped, (first.pid, second, guard))))
+        for connection in kept:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert alive([first.pid, second, guard]) == {first.pid, second, guard}
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_one_that_is_stopped_for_good_keeps_no_newcomer_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with impatient(tmp_path, monkeypatch, HUNG_S=3.0), doors(tmp_path) as (start, door):
+    with impatient(tmp_path, monkeypatch, UNWOKEN, HUNG_S=3.0), doors(tmp_path) as (start, door):
         first, second = start(), second_of(tmp_path)
         os.kill(second, signal.SIGSTOP)
         assert second_of(tmp_path, before=second)
