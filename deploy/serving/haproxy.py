@@ -10,10 +10,11 @@ Serve would have started.
 And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a session of its own that no end of Serve's
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
-wakes either one that a signal has stopped, and kills one that hangs: half of all newcomers would wait for it. Each change of the configuration
-brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
-one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs. Whoever Serve
-starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on with those known last.
+wakes either one that a signal has stopped, and kills one that hangs: half of all newcomers would wait for it. Each change of
+the configuration brings another guard. Its second one has taken the doors over before the one before lets go of them, and
+guards start theirs one after the other: the last to start answers at the admin socket, by which its guard tells whether it
+hangs. Whoever Serve starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on
+with those known last.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images

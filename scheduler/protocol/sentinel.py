@@ -1,5 +1,5 @@
 """A small process beside another, which wakes it when a signal has stopped it (SIGSTOP): no socket ends then, and whoever waits
-for it would wait until all others have given it up. One that is stopped again as soon as it is woken is ended after some seconds.
+for it would wait until all others have given it up. One that is stopped again whenever it is woken is ended after seconds.
 
 Who hears nothing cannot tell what is stopped from what is busy. The kernel can: of a process that a signal has stopped it says
 T, and of none that computes, waits, holds Python's lock, swaps or gets no core; and it counts how often each has had a core, so

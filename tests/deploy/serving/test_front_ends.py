@@ -1,4 +1,4 @@
-"""Front ends come and go, by their number and by a redeploy, behind HAProxy and beside requests: none fails, and none is cut."""
+"""Front ends come and go, by number and by redeploy, behind HAProxy and beside requests: none fails, and none is cut."""
 
 import signal
 import tempfile
@@ -59,7 +59,12 @@ class Application:
 
     def await_front_ends(self, count: int, *, but: set[int]) -> None:
         """Until there are so many, and none of those."""
-        until("front ends do not come, or go", lambda: len(there := {*named(INGRESS)}) == count and not there & but, serve.status)
+
+        def there() -> bool:
+            found = {*named(INGRESS)}
+            return len(found) == count and not found & but
+
+        until("front ends do not come, or go", there, serve.status)
         until("not all reach the scheduler", lambda: self._counted() == count, serve.status)
 
     def _counted(self) -> int:
@@ -115,9 +120,10 @@ def over_http(url: str, tokens: int, *, kept: bool) -> Callable[[], str]:
     """A stream. kept: over one connection, as long as the server keeps it."""
     client = httpx.Client(timeout=PATIENCE_S, trust_env=False)
     body = {"model": "tiny", "prompt": "def", "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    headers = {} if kept else {"Connection": "close"}
 
     def ask() -> str:
-        with client.stream("POST", f"{url}/v1/completions", json=body, headers={} if kept else {"Connection": "close"}) as answer:
+        with client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
             assert answer.status_code == httpx.codes.OK, (answer.status_code, answer.read())
             lines = [*answer.iter_lines()]
         assert "data: [DONE]" in lines, lines[-3:]

