@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.chaos.roles import ROLES
-from benchmarks.shared.processes import alive, signal_all
+from benchmarks.shared.processes import alive, kept_stopped, signal_all
 
 KINDS = {
     "kill": "SIGKILL",
-    "stop": "SIGSTOP, for good",
+    "stop": "SIGSTOP for good: again whenever it is woken",
     "pause": "SIGSTOP, and SIGCONT after 1 to 12 s",
     "cut": "every TCP connection that it has is shut down",
     "slow": "stopped nine tenths of the time, for 8 s",
@@ -35,6 +35,7 @@ LASTING = ("gcs", "raylet")
 
 PAUSES_S = (1.0, 12.0)
 SLOW_S, SLICE_S = 8.0, 0.2
+INSIST_S = 30.0
 DISK_BYTES = 32 << 20
 PIDFD_GETFD = 438
 """The system call's number, the same on every architecture."""
@@ -89,6 +90,7 @@ def inflict(fault: Fault, victims: Iterable[int], draw: random.Random) -> None:
             signal_all(victims, signal.SIGKILL)
         case "stop":
             signal_all(victims, signal.SIGSTOP)
+            threading.Thread(target=_insist, args=(victims,), daemon=True).start()
         case "pause":
             with _stopped(victims):
                 time.sleep(draw.uniform(*PAUSES_S))
@@ -103,6 +105,12 @@ def inflict(fault: Fault, victims: Iterable[int], draw: random.Random) -> None:
                 cut(victim)
         case "disk":
             _busy_disk(SLOW_S)
+
+
+def _insist(victims: list[int]) -> None:
+    """That they stay stopped, until whoever looks after them has ended them."""
+    with contextlib.suppress(ProcessLookupError), kept_stopped(victims):
+        time.sleep(INSIST_S)
 
 
 def cut(pid: int) -> int:

@@ -5,14 +5,17 @@ them by their ids. Imports the standard library only; tests use it too (`tests/s
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 WORKER, SCHEDULER = "ray::WorkerActor", "ray::SchedulerActor"
 ENGINE, INGRESS = "ray::ServeReplica:manta:Engine", "ray::ServeReplica:manta:Ingress"
 """What Ray calls the processes of a group's ranks, of the scheduler, of who owns both, of a front end."""
+
+AGAIN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,32 @@ def signal_all(processes: Iterable[int], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
+
+
+@contextlib.contextmanager
+def kept_stopped(processes: Iterable[int]) -> Iterator[None]:
+    """Stopped, and stopped again as soon as anybody wakes them. Errors: ProcessLookupError for one that has ended before."""
+    with contextlib.ExitStack() as stack:
+        handles = [os.pidfd_open(process) for process in processes]
+        for handle in handles:
+            stack.callback(os.close, handle)
+        over = threading.Event()
+
+        def insist() -> None:
+            while True:
+                for handle in handles:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(handle, signal.SIGSTOP)
+                if over.wait(AGAIN_S):
+                    return
+
+        insisting = threading.Thread(target=insist, daemon=True)
+        insisting.start()
+        try:
+            yield
+        finally:
+            over.set()
+            insisting.join()
 
 
 def held_by(processes: Iterable[int]) -> dict[int, Process]:

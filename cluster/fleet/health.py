@@ -62,6 +62,7 @@ class GroupKeeper:
         """Its first start has failed, and is tried again."""
         self._handle = new_handle(epoch)
         self._scheduler_epoch = -1 if self._handle.waits else scheduler.epoch  # of the scheduler that this life serves
+        self._start_s, self._up_s, self._lived_s = 0.0, time.monotonic(), 0.0  # of this life; up since it was taken over
         self._closing = threading.Event()
         self._renewing = threading.Event()
         self._decided = threading.Event()
@@ -134,8 +135,10 @@ class GroupKeeper:
         self._handle.kill()  # a life that came up while the keeper was being closed
 
     def _bring_up(self, live: LiveScheduler) -> None:
-        self._scheduler_epoch = live.epoch
-        self._handle.start(live.address, time.monotonic() + self._start_timeout_s)
+        self._scheduler_epoch, self._lived_s, began_s = live.epoch, 0.0, time.monotonic()
+        self._handle.start(live.address, began_s + self._start_timeout_s)
+        self._up_s = time.monotonic()
+        self._start_s = self._up_s - began_s
 
     def _watch(self) -> str | None:
         """Waits for the group's end; None when the keeper itself is closed."""
@@ -147,6 +150,7 @@ class GroupKeeper:
                     logger.exception("group %d could not be looked after; trying on", self.group)
                 continue
             if reason is not None and not self._closing.is_set():
+                self._lived_s = time.monotonic() - self._up_s
                 return reason
         return None
 
@@ -217,7 +221,7 @@ class GroupKeeper:
 
     def _pause(self, reason: str) -> bool:
         """Before the next start; False when all is over. The group stays expected, unless it has died too often."""
-        pause = self._restarts.after_death(time.monotonic())
+        pause = self._restarts.after_death(time.monotonic(), self._lived_s, self._start_s)
         logger.error("%s; it starts again %s", reason, f"in {pause.seconds:g} s" if pause.seconds else "at once")
         if pause.spent:
             self._scheduler.rest(self.group, reason, pause.seconds)

@@ -10,10 +10,11 @@ Serve would have started.
 And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a session of its own that no end of Serve's
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
 minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
-and kills either one that is stopped for good: half of all newcomers would wait for it. Each change of the configuration
-brings another guard. Its second one has taken the doors over before the one before lets go of them, and guards start theirs
-one after the other: the last to start answers at the admin socket, by which its guard tells whether it hangs. Whoever Serve
-starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on with those known last.
+wakes either one that a signal has stopped, and kills one that hangs: half of all newcomers would wait for it. Each change of
+the configuration brings another guard. Its second one has taken the doors over before the one before lets go of them, and
+guards start theirs one after the other: the last to start answers at the admin socket, by which its guard tells whether it
+hangs. Whoever Serve starts in place of a manager that has died starts HAProxy before it knows of any route: that one goes on
+with those known last.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
@@ -54,7 +55,7 @@ DOORS = (
 
 
 ERROR_FILE = re.compile(r"^(\s*errorfile 50[234] ).*", re.MULTILINE)
-KNOWN_ROUTE = re.compile(r"^\s*use_backend ", re.MULTILINE)
+KNOWN_ROUTE = re.compile(r"^\s*use_backend (?!\w+_onward )", re.MULTILINE)
 NO_ROUTE = re.compile(r"^(backend default_backend\n\s*)http-request return status 404 .*", re.MULTILINE)
 UNAVAILABLE = (
     '{"error":{"message":"no replica can be reached now: try again soon","type":"server_error","param":null,"code":null}}'
@@ -65,6 +66,10 @@ RETRIED = (
     (re.compile(r"^(\s*retry-on conn-failure)$", re.MULTILINE), r"\1 empty-response"),
     (re.compile(r"^(frontend http_frontend\n)(?!    option http-buffer)", re.MULTILINE), r"\1    option http-buffer-request\n"),
 )
+
+DOOR = re.compile(r"^frontend (http|grpc)_frontend\n(?:(?!^\S).*\n)*?\s*bind (\S+):(\d+)( proto h2)?$", re.MULTILINE)
+FIRST_ROUTE = re.compile(r"^([ \t]*)((?:use|default)_backend )", re.MULTILINE)
+THIS_MACHINE = {"0.0.0.0": LOOPBACK, "*": LOOPBACK, "": LOOPBACK, "::": "::1", "[::]": "[::1]"}
 
 APART = (
     (re.compile(r"^(\s*stats socket )\S+", re.MULTILINE), "second.sock"),
@@ -85,7 +90,10 @@ HUNG_S = 10.0
 """Without an answer at its admin socket; a short stop is waited for, as whoever is connected does."""
 
 STOPPED_S = 5.0
-"""That a guard may be stopped while others wait for it."""
+"""That a guard may be stopped while others wait for it, should nobody wake it."""
+
+WAKE_S = 0.5
+"""After which whoever a signal has stopped is woken: it costs nothing, while an end cuts all that is connected."""
 
 ALONE_S = 60.0
 """That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
@@ -147,6 +155,23 @@ def retried(configuration: str) -> str:
     return configuration
 
 
+def onward(configuration: str) -> str:
+    """The same configuration, of which a HAProxy that is ending passes what still comes on to whoever has its doors by then.
+    A second time changes nothing.
+
+    One request more may come over each connection that is kept, minutes after the change for which it ends: when a stream has
+    ended there. The replicas that it knows may all have gone since, and it hears of no others.
+    """
+    for door in reversed([*DOOR.finditer(configuration)]):
+        kind, host, port, protocol = door.groups()
+        backend, route = f"backend {kind}_onward\n", FIRST_ROUTE.search(configuration, door.end())
+        if backend not in configuration and route is not None:
+            rule = f"{route[1]}use_backend {kind}_onward if {{ stopping }}\n"
+            configuration = f"{configuration[: route.start()]}{rule}{configuration[route.start() :].rstrip()}\n"
+            configuration += f"{backend}    server next {THIS_MACHINE.get(host, host)}:{port}{protocol or ''}\n"
+    return configuration
+
+
 def with_routes(configuration: str, known: Path, *, fresh: bool) -> str:
     """The same configuration, which is kept in `known` if it has routes. Instead of one without, of a manager that has only
     begun (`fresh`): what stands there, or newcomers would get 503 until Serve has told that manager of the applications."""
@@ -197,6 +222,7 @@ def start_guard(binary: str, file: Path) -> None:
 
 def guard(binary: str, file: Path, first: int) -> None:
     """Keeps a second HAProxy up until the next guard takes its place, the folder has gone, or nobody needs it any more."""
+    _keep_awake(file)
     folder, turn = file.parent, file.parent / "guard.pid"
     _note(turn, os.getpid())  # first of all: the guard before this one starts no other in place of what is taken over here
     configuration = folder / "second.cfg"
@@ -229,6 +255,26 @@ def guard(binary: str, file: Path, first: int) -> None:
     second.kill()
     if _is_haproxy(first, file):
         os.kill(first, signal.SIGKILL)
+
+
+def _keep_awake(file: Path) -> None:
+    """A child of this guard's that sends on their way, should a signal stop them, it and either HAProxy. A guard that stayed so
+    would leave the second one at the doors when the endpoint has ended, to answer newcomers of the next one."""
+    guarding, folder, seen = os.getpid(), file.parent, dict[int, int]()
+    if os.fork() != 0:
+        return
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        while os.getppid() == guarding:
+            time.sleep(GUARD_POLL_S)
+            noted = (_noted(folder / "first.pid"), file), (_noted(folder / "second.pid"), folder / "second.cfg")
+            watched = [guarding, *(process for process, of in noted if process is not None and _is_haproxy(process, of))]
+            seen = {process: seen.get(process, 0) + 1 for process in watched if _is_stopped(process)}
+            for process in [process for process, times in seen.items() if times * GUARD_POLL_S >= WAKE_S]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+    finally:
+        os._exit(0)
 
 
 def _take_over(command: list[str], file: Path) -> "subprocess.Popen[bytes] | None":
@@ -393,6 +439,7 @@ def main(arguments: list[str]) -> None:
         )
         configuration = patient(configuration, unavailable)
         configuration = retried(bounded(configuration, float(receive_timeout_s), int(max_connections)))
+        configuration = onward(configuration)
         configuration = with_routes(configuration, file.parent / "routes.cfg", fresh="-sf" not in given)
         file.write_text(configuration)
         (file.parent / "second.cfg").write_text(apart(configuration, file.parent))

@@ -1,5 +1,5 @@
-"""A small process beside another, which ends it when a signal has stopped it (SIGSTOP) for some seconds: no socket ends then,
-and whoever waits for it would wait until all others have given it up.
+"""A small process beside another, which wakes it when a signal has stopped it (SIGSTOP): no socket ends then, and whoever waits
+for it would wait until all others have given it up. One that is stopped again whenever it is woken is ended after seconds.
 
 Who hears nothing cannot tell what is stopped from what is busy. The kernel can: of a process that a signal has stopped it says
 T, and of none that computes, waits, holds Python's lock, swaps or gets no core; and it counts how often each has had a core, so
@@ -22,7 +22,10 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 STOPPED_S = 3.0
-"""A short stop is waited for. Another scheduler, or front end, is there after about as long."""
+"""Another scheduler, or front end, is there after about as long."""
+
+WAKE_S = 0.5
+"""Nothing is lost by it, so it is soon. Whoever shares out a core by signals lets a process go on more often."""
 
 LOOK_S = 0.25
 
@@ -48,17 +51,24 @@ def stopped(process: int) -> list[str] | None:
 
 
 def watch(process: int, stopped_s: float) -> None:
-    """Looks are counted, not time: what this process sleeps itself is no silence of the other."""
-    before, looks = None, 0
+    """Looks are counted, not time: what this process sleeps itself is no silence of the other. That it has had a core since it
+    was woken is no sign that it goes on."""
+    before, looks, woken = None, 0, False
     while os.getppid() == process:
         time.sleep(LOOK_S)
         now = stopped(process)
-        looks = looks + 1 if now is not None and now == before else 0
-        before = now
-        if looks * LOOK_S >= stopped_s and os.getppid() == process:
+        looks = looks + 1 if now is not None and (now == before or woken) else 0
+        before, woken = now, False
+        if not looks or os.getppid() != process:
+            continue
+        if looks * LOOK_S >= stopped_s:
             print(f"process {process} has been stopped for {stopped_s:g} s: it is ended", file=sys.stderr, flush=True)
             os.kill(process, signal.SIGKILL)
             looks = 0
+        elif looks % round(WAKE_S / LOOK_S) == 0:
+            print(f"process {process} was stopped by a signal: it is woken", file=sys.stderr, flush=True)
+            os.kill(process, signal.SIGCONT)
+            woken = True
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ from benchmarks.shared.processes import (
     alive,
     command_line,
     descendants,
+    kept_stopped,
     named,
     signal_all,
     wait_gone,
 )
 
 __all__ = [
-    "ENGINE", "INGRESS", "SCHEDULER", "WORKER", "alive", "all_named", "command_line", "descendants", "named", "running_by",
-    "signal_all", "stopped_in_the_midst", "wait_gone",
+    "ENGINE", "INGRESS", "SCHEDULER", "WORKER", "alive", "all_named", "command_line", "descendants", "kept_stopped", "named",
+    "running_by", "signal_all", "stopped_in_the_midst", "wait_gone",
 ]  # fmt: skip
 
 T = TypeVar("T")

@@ -100,16 +100,17 @@ class GrpcDoor:
 
     def __init__(
         self, service: Service, config: ServeConfig, keys: ApiKeys, abort_everywhere: AbortEverywhere | None = None,
-        further: FurtherModels | None = None,
+        further: FurtherModels | None = None, is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """service: of the first model. abort_everywhere: None where this process has all requests. further: models beside the
-        first."""
+        first. is_leaving: this process ends when nothing is under way in it."""
         self._first = service
         self._further = FurtherModels() if further is None else further
         self._config = config
         self._keys = keys
         self._own_machine_only = config.auth and not keys  # Serve's proxy listens on all interfaces, whatever `host` says
         self._abort_everywhere = abort_everywhere
+        self._is_leaving = is_leaving
         self._readers = Readers(service, config, self._further)
 
     # ---- manta.v1.Manta ----
@@ -177,9 +178,10 @@ class GrpcDoor:
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context  # noqa: ARG002
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:  # fmt: skip
-        """The same at once, and whenever it has changed."""
+        """The same at once, and whenever it has changed. It ends where this process would end but for those who watch: they
+        ask again, as the protocol has it, and meet another one."""
         told = None
-        while True:
+        while not self._is_leaving():
             status = await self._health(request.service)
             if status != told:
                 told = status

@@ -17,7 +17,8 @@ ENGINE_HEALTH_TIMEOUT_S = 8.0
 FRONT_END_HEALTH_TIMEOUT_S = 10.0
 """Longer, since its end cuts streams. Serve's own 30 s would keep those of one that is stopped waiting for two minutes."""
 GRACE_S = 30.0
-"""What requests under way have to end in when their replica shall."""
+"""What a replica that Serve takes away has to end in. A front end has as long as any of its requests may take besides: none is
+cut for it."""
 QUIET = LoggingConfig(enable_access_log=False)
 """Serve would log every call, and front ends ask the Engine how the cluster is once a second."""
 

@@ -4,6 +4,7 @@ and the `Engine`. Imports ray."""
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import replace
 
 from fastapi import FastAPI
@@ -41,6 +42,7 @@ from workers.model.sources.find import pinned
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 10.0
+UNASKED_S = 4 * HEALTH_CHECK_S
 MAX_ONGOING_REQUESTS = 8192
 """Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
 
@@ -79,7 +81,8 @@ class Ingress(GrpcIngress):
             asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service)),
             asyncio.create_task(self._discovery.run()), asyncio.create_task(adapters.run()),
         ]  # fmt: skip
-        self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere, self._further)
+        self._asked_s = time.monotonic()
+        self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere, self._further, self._is_leaving)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         pages = status_routes(self._service, self._further)
@@ -109,10 +112,15 @@ class Ingress(GrpcIngress):
 
     async def check_health(self) -> None:
         """Errors: whatever ended a task that never should."""
+        self._asked_s = time.monotonic()
         for task in self._tasks:
             if task.done():
                 await task
         self._discovery.check()
+
+    def _is_leaving(self) -> bool:
+        """Serve takes it away, and then asks for its health no more; or nothing is left of Serve that would ask."""
+        return time.monotonic() - self._asked_s > UNASKED_S
 
     async def __del__(self) -> None:
         if not hasattr(self, "_tasks"):
@@ -137,7 +145,7 @@ def application(
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S,
-        health_check_timeout_s=FRONT_END_HEALTH_TIMEOUT_S, graceful_shutdown_timeout_s=GRACE_S,
+        health_check_timeout_s=FRONT_END_HEALTH_TIMEOUT_S, graceful_shutdown_timeout_s=limits.request_timeout_s + GRACE_S,
         max_surge_percent=100,  # the next one is there before one goes
     )(Ingress)  # fmt: skip
     return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, threads, version)

@@ -6,7 +6,8 @@ Two groups of two ranks on a real Ray cluster. What is asserted is the order of 
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
 from scheduler.protocol import sentinel
 from tests.cluster.test_ray import LONG, PROMPTS, open_llm, tokens, until
-from tests.shared.processes import SCHEDULER, WORKER, all_named, command_line, descendants, wait_gone
+from tests.shared.processes import SCHEDULER, WORKER, all_named, command_line, descendants, kept_stopped, wait_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -55,8 +56,8 @@ def all_up(llm: LLM) -> bool:
     return all(group.up for group in llm.stats().groups)
 
 
-def stream(llm: LLM, victim: int, resume_s: float | None = None) -> list[list[int]]:
-    """All tokens of all prompts; the victim is stopped once each has some, for good or for a while."""
+def stream(llm: LLM, victim: int, resume_s: float | None = None, also: Callable[[], object] = int) -> list[list[int]]:
+    """All tokens of all prompts; the victim is stopped once each has some, for good or for a while. also: done then, too."""
     latest: dict[int, RequestOutput] = {}
     stopped = False
     try:
@@ -64,6 +65,7 @@ def stream(llm: LLM, victim: int, resume_s: float | None = None) -> list[list[in
             latest[index] = output
             if not stopped and len(latest) == len(PROMPTS) and all(len(o.outputs[0].token_ids) > 5 for o in latest.values()):
                 os.kill(victim, signal.SIGSTOP)
+                also()
                 stopped = True
                 if resume_s is not None:
                     time.sleep(resume_s)
@@ -91,14 +93,23 @@ def test_a_rank_that_is_stopped_is_given_up_and_its_sequences_go_on(
     assert tokens(llm.generate(PROMPTS, LONG, progress=False)) == expected
 
 
+def test_a_scheduler_that_is_stopped_is_woken(llm: LLM, expected: list[list[int]]) -> None:
+    """And nothing has to come in its place."""
+    until("a group is missing", lambda: all_up(llm))
+    before, schedulers = epochs(llm), all_named(SCHEDULER, 1)
+    assert stream(llm, schedulers[0]) == expected
+    assert (epochs(llm), all_named(SCHEDULER, 1)) == (before, schedulers)
+
+
 def test_a_scheduler_that_is_stopped_for_good_is_replaced(
     llm: LLM, expected: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before it has been silent for as long as one that is only busy may be."""
     until("a group is missing", lambda: all_up(llm))
     (scheduler,) = all_named(SCHEDULER, 1)
-    assert stream(llm, scheduler) == expected
-    assert not wait_gone([scheduler])
+    with ExitStack() as stack:
+        assert stream(llm, scheduler, also=lambda: stack.enter_context(kept_stopped([scheduler]))) == expected
+        assert not wait_gone([scheduler])
     assert "the scheduler has died" in caplog.text
     assert "has said nothing" not in caplog.text
 

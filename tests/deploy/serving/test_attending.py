@@ -1,7 +1,5 @@
 """Serve's own actors, stopped by a signal: they are ended, and Serve has others."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 
@@ -9,7 +7,7 @@ import pytest
 import ray
 from ray import serve
 
-from benchmarks.shared.processes import descendants, named
+from benchmarks.shared.processes import descendants, kept_stopped, named
 from deploy.serving.replicas.attending import Attendant
 from scheduler.protocol.sentinel import __file__ as SENTINEL
 from tests.shared.ports import free_ports
@@ -50,8 +48,8 @@ def one_watched(name: str, but: int = 0) -> int:
 def test_who_is_stopped_is_replaced_and_its_successor_watched(name: str) -> None:
     attendant = Attendant()
     first = one_watched(name)
-    os.kill(first, signal.SIGSTOP)
-    second = one_watched(name, but=first)
+    with kept_stopped([first]):
+        second = one_watched(name, but=first)
     assert second != first
     assert first not in named(name)
     assert serve.status().proxies

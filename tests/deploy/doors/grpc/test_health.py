@@ -53,6 +53,21 @@ def test_a_watcher_sees_the_service_come_up(runner: asyncio.Runner, connect: Con
     runner.run(scenario())
 
 
+def test_a_watch_keeps_no_process_that_shall_end(runner: asyncio.Runner, connect: Connect, service: Service) -> None:
+    leaving = asyncio.Event()
+    _, channel = connect(GrpcDoor(service, ServeConfig(), ApiKeys(), is_leaving=leaving.is_set))
+    health = health_pb2_grpc.HealthStub(channel)
+
+    async def scenario() -> None:
+        watch = health.Watch(ask())
+        assert (await watch.read()).status == Status.SERVING
+        leaving.set()
+        assert await watch.read() is grpc.aio.EOF
+        assert await watch.code() is grpc.StatusCode.OK
+
+    runner.run(scenario())
+
+
 def test_reflection_tells_the_contract(runner: asyncio.Runner, connect: Connect, service: Service) -> None:
     _, channel = connect(GrpcDoor(service, ServeConfig(), ApiKeys()))
     reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
