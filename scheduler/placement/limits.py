@@ -7,7 +7,7 @@ import math
 
 from scheduler.config.core import QueueBounds
 from scheduler.protocol.messages import Failure, Request, context_length
-from scheduler.state.waiting import WaitingRoom
+from scheduler.state.queue.waiting import WaitingRoom
 
 LONGEST_RETRY_S = 60.0
 

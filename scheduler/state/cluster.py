@@ -17,15 +17,15 @@ from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config.core import CoreConfig, QueueBounds, Resolved
 from scheduler.state.counters import Counters
-from scheduler.state.deadlines import Deadlines
 from scheduler.state.outbox import Outbox
-from scheduler.state.pace import Pace
 from scheduler.state.prefixes import Prefixes
+from scheduler.state.queue.deadlines import Deadlines
+from scheduler.state.queue.pace import Pace
+from scheduler.state.queue.waiting import WaitingRoom
 from scheduler.state.recall import Recall
 from scheduler.state.resident import ResidentGroup, Watch
 from scheduler.state.sequence import Sequence
 from scheduler.state.transfers import Transfers
-from scheduler.state.waiting import WaitingRoom
 from scheduler.state.window import Window
 
 

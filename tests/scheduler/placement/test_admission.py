@@ -7,7 +7,7 @@ from scheduler.config.core import QueueBounds
 from scheduler.placement.limits import LONGEST_RETRY_S, RequestRefused
 from scheduler.protocol.messages import Failure, FinishReason, Misses
 from scheduler.server.stats import EngineStats, pool_maps, snapshot
-from scheduler.state.pace import Pace
+from scheduler.state.queue.pace import Pace
 from tests.scheduler.cluster import Cluster, filled
 
 

@@ -10,11 +10,11 @@ from scheduler.config.core import CoreConfig, QueueBounds
 from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import snapshot
-from scheduler.state import fairness
 from scheduler.state.counters import Counters
-from scheduler.state.fairness import FairQueue
+from scheduler.state.queue import fairness
+from scheduler.state.queue.fairness import FairQueue
+from scheduler.state.queue.waiting import WaitingRoom
 from scheduler.state.sequence import OUTPUT_WEIGHT, PRIORITY_SHIFT, Sequence, State
-from scheduler.state.waiting import WaitingRoom
 from tests.scheduler.cluster import Cluster, Stream, filled
 
 numbers = itertools.count()

@@ -9,8 +9,8 @@ from collections.abc import Sequence as Listing
 
 from scheduler.config.core import CoreConfig
 from scheduler.state.counters import Counters
-from scheduler.state.fairness import FairQueue
-from scheduler.state.pace import QueuePace
+from scheduler.state.queue.fairness import FairQueue
+from scheduler.state.queue.pace import QueuePace
 from scheduler.state.sequence import Sequence, State
 
 ByAge = tuple[float, int, int, Sequence]

@@ -6,7 +6,7 @@ from scheduler.placement.admission import MOST_TRIES
 from scheduler.placement.limits import RequestRefused
 from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.server.stats import snapshot
-from scheduler.state.deadlines import FEWEST_KEPT
+from scheduler.state.queue.deadlines import FEWEST_KEPT
 from tests.scheduler.cluster import Cluster, Stream
 
 

@@ -1,0 +1,1 @@
+"""Who waits, in which order, until when, and for how long yet."""
