@@ -118,10 +118,6 @@ def _model_source(_: Translation, path: str, value: Any) -> None:
         refuse(path, value, "name a folder, an id at Hugging Face, or the URL of a bucket")
 
 
-def _tokenizer_source(translation: Translation, path: str, value: Any) -> None:
-    ENGINE_KWARGS["tokenizer"](translation, path, value)
-
-
 def _runtime_env(translation: Translation, path: str, value: Any) -> None:
     for key, inside in mapping(path, value).items():
         if not inside:
@@ -142,7 +138,7 @@ BUCKET: dict[str, Reading] = {
 LOADING: dict[str, Reading] = {
     "model_id": serve("served_model_name"),
     "model_source": _model_source,
-    "tokenizer_source": _tokenizer_source,
+    "tokenizer_source": ENGINE_KWARGS["tokenizer"],
 }
 
 PLACEMENT = ("accelerator_type", "accelerator_config", "placement_group_config")
