@@ -46,6 +46,8 @@ ROWS = (
     Row("4 bits, groups of 32, zero points", partial(write_four_bits, group=32, symmetric=False)),
     Row("4 bits, groups of 128, zero points", partial(write_four_bits, group=128, symmetric=False)),
     Row("4 bits, groups of 128, symmetric", partial(write_four_bits, group=128, symmetric=True)),
+    Row("bfloat16, and KV in FP8 (`--kv-dtype fp8`)", engine={"kv_dtype": "fp8"}),
+    Row("FP8, and KV in FP8", engine={"quantization": "fp8", "kv_dtype": "fp8"}),
 )
 
 
@@ -85,7 +87,7 @@ def bits_per_byte(model: Path, text: Text, engine: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description="Bits per byte of held-out text, with weights of fewer bits.")
+    options = argparse.ArgumentParser(description="Bits per byte of held-out text, with weights and KV of fewer bits.")
     options.add_argument("--model", type=Path, default=EXAMPLES / "tiny")
     options.add_argument("--windows", type=int, default=64, help="of 512 tokens (64)")
     chosen = options.parse_args()
