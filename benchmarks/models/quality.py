@@ -1,4 +1,4 @@
-"""What fewer bits cost: bits per byte of text that the model has not learned from, as the engine computes them on a CPU.
+"""What fewer bits of weights and KV cost: bits per byte of text that the model has not learned from, in the engine, on a CPU.
 
     python -m benchmarks.models.quality                    # examples/tiny, on the files that were held out of its training
     python -m benchmarks.models.quality --windows 16       # fewer of them
@@ -93,7 +93,8 @@ def main() -> None:
     chosen = options.parse_args()
     text = held_out(chosen.model, chosen.windows)
     print(f"{len(text.windows)} windows of {WINDOW_TOKENS} tokens, {text.tokens_per_byte:.3f} tokens a byte\n")
-    print("| weights of the linear layers | bits per byte | more than bfloat16 |\n|---|---|---|", flush=True)
+    print("| weights of the linear layers, KV in float32 unless said | bits per byte | more than bfloat16 |")
+    print("|---|---|---|", flush=True)
     first: float | None = None
     for row in ROWS:
         with tempfile.TemporaryDirectory() as folder:
