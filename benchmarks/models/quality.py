@@ -1,4 +1,4 @@
-"""What fewer bits cost: bits per byte of text that the model has not learned from, as the engine computes them on a CPU.
+"""What fewer bits of weights and KV cost: bits per byte of text that the model has not learned from, in the engine, on a CPU.
 
     python -m benchmarks.models.quality                    # examples/tiny, on the files that were held out of its training
     python -m benchmarks.models.quality --windows 16       # fewer of them
@@ -46,6 +46,8 @@ ROWS = (
     Row("4 bits, groups of 32, zero points", partial(write_four_bits, group=32, symmetric=False)),
     Row("4 bits, groups of 128, zero points", partial(write_four_bits, group=128, symmetric=False)),
     Row("4 bits, groups of 128, symmetric", partial(write_four_bits, group=128, symmetric=True)),
+    Row("bfloat16, and KV in FP8 (`--kv-dtype fp8`)", engine={"kv_dtype": "fp8"}),
+    Row("FP8, and KV in FP8", engine={"quantization": "fp8", "kv_dtype": "fp8"}),
 )
 
 
@@ -85,13 +87,14 @@ def bits_per_byte(model: Path, text: Text, engine: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description="Bits per byte of held-out text, with weights of fewer bits.")
+    options = argparse.ArgumentParser(description="Bits per byte of held-out text, with weights and KV of fewer bits.")
     options.add_argument("--model", type=Path, default=EXAMPLES / "tiny")
     options.add_argument("--windows", type=int, default=64, help="of 512 tokens (64)")
     chosen = options.parse_args()
     text = held_out(chosen.model, chosen.windows)
     print(f"{len(text.windows)} windows of {WINDOW_TOKENS} tokens, {text.tokens_per_byte:.3f} tokens a byte\n")
-    print("| weights of the linear layers | bits per byte | more than bfloat16 |\n|---|---|---|", flush=True)
+    print("| weights of the linear layers, KV in float32 unless said | bits per byte | more than bfloat16 |")
+    print("|---|---|---|", flush=True)
     first: float | None = None
     for row in ROWS:
         with tempfile.TemporaryDirectory() as folder:

@@ -24,13 +24,14 @@ LINEAR = "Linear"
 
 HARMLESS = {
     "quant_method", "modules_to_not_convert", "dequantize", "fmt", "scale_fmt", "activation_scheme", "weight_block_size",
-    "ignored_layers", "kv_cache_scheme", "config_groups", "format", "ignore", "quantization_status", "global_compression_ratio",
-    "sparsity_config", "transform_config", "version", "bits", "w_bit", "q_group_size", "group_size", "zero_point", "backend",
-    "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "desc_act", "sym", "checkpoint_format", "dynamic",
-    "lm_head", "pack_dtype", "is_marlin_format", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential",
-    "model_name_or_path", "model_file_base_name", "meta", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "dataset", "tokenizer", "max_input_length", "model_seqlen", "module_name_preceding_first_block", "pad_token_id",
-    "use_cuda_fp16", "use_exllama", "modules_in_block_to_quantize", "quantizer", "hyb_act", "act_group_aware",
+    "ignored_layers", "kv_cache_scheme", "config_groups", "format", "ignore", "quantization_status",
+    "global_compression_ratio", "sparsity_config", "transform_config", "version", "bits", "w_bit", "q_group_size",
+    "group_size", "zero_point", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "desc_act",
+    "sym", "checkpoint_format", "dynamic", "lm_head", "pack_dtype", "is_marlin_format", "rotation", "damp_percent",
+    "damp_auto_increment", "static_groups", "true_sequential", "model_name_or_path", "model_file_base_name", "meta",
+    "batch_size", "block_name_to_quantize", "cache_block_outputs", "dataset", "tokenizer", "max_input_length",
+    "model_seqlen", "module_name_preceding_first_block", "pad_token_id", "use_cuda_fp16", "use_exllama",
+    "modules_in_block_to_quantize", "quantizer", "hyb_act", "act_group_aware",
 }  # fmt: skip
 """Fields that are checked, or say nothing about the numbers. Others are named in the log."""
 
@@ -220,7 +221,7 @@ def _gptq(found: _Quantization) -> Scheme:
     second = found.one_of("checkpoint_format", "gptq", "gptq_v2", default="gptq") == "gptq_v2"
     bits = found.one_of("bits", 4, 8)
     found.one_of("pack_dtype", "int32", default="int32")
-    for name in ("dynamic", "is_marlin_format"):
+    for name in ("dynamic", "is_marlin_format", "rotation"):
         found.nothing(name)
     shift, mixed = 0 if second else 1, bool(found.get("desc_act"))
     form = WeightForm("gptq", bits, (1, found.group("group_size")), zeros=True, shift=shift, mixed=mixed)

@@ -75,6 +75,7 @@ def with_activations(**activations: Any) -> dict[str, Any]:
         (GPTQ | {"bits": 4, "dynamic": {"-:.*down.*": {}}}, "dynamic="),
         (GPTQ | {"bits": 4, "pack_dtype": "int64"}, "pack_dtype='int64'"),
         (GPTQ | {"bits": 4, "is_marlin_format": True}, "is_marlin_format=True"),
+        (GPTQ | {"bits": 4, "rotation": "hadamard"}, "rotation='hadamard'"),
         (with_weights(of_floats("tensor_group"), "nvfp4-pack-quantized"), "format='nvfp4-pack-quantized'"),
         (with_weights(of_floats("channel") | {"num_bits": 4}), "config_groups.group_0.weights.num_bits=4"),
         (with_weights(of_floats("token")), "config_groups.group_0.weights.strategy='token'"),
