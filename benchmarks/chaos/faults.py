@@ -33,6 +33,9 @@ NODE = "node"
 LASTING = ("gcs", "raylet")
 """Roles whose death ends the Ray cluster, and so the endpoint."""
 
+WOKEN = ("haproxy",)
+"""Roles that are stopped once: woken, they go on, and one that is stopped again each time still answers, so nobody ends it."""
+
 PAUSES_S = (1.0, 12.0)
 SLOW_S, SLICE_S = 8.0, 0.2
 INSIST_S = 30.0
@@ -64,7 +67,7 @@ class Fault:
     @property
     def replaces(self) -> bool:
         """Whether others must come for the processes that it is done to."""
-        return self.kind in ("kill", "stop")
+        return self.kind == "kill" or (self.kind == "stop" and self.role not in WOKEN)
 
     @property
     def ends_all(self) -> bool:
@@ -90,6 +93,8 @@ def inflict(fault: Fault, victims: Iterable[int], draw: random.Random) -> None:
             signal_all(victims, signal.SIGKILL)
         case "stop":
             signal_all(victims, signal.SIGSTOP)
+            if fault.role in WOKEN:
+                return
             threading.Thread(target=_insist, args=(victims,), daemon=True).start()
         case "pause":
             with _stopped(victims):

@@ -77,6 +77,11 @@ def test_a_cut_ends_connections_on_both_sides_and_leaves_what_listens(start: Sta
     assert said(other) == "on"
 
 
+def test_who_is_only_ever_woken_is_not_replaced() -> None:
+    kinds = [Fault.parse(each).replaces for each in ("kill:haproxy", "stop:haproxy", "stop:scheduler", "pause:scheduler")]
+    assert kinds == [True, False, True, False]
+
+
 def test_what_is_paused_goes_on_and_what_is_stopped_does_not(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start("print('here', flush=True); " + SLEEP)
     said(process)

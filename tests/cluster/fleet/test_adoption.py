@@ -267,6 +267,32 @@ def test_a_group_that_has_lost_its_place_keeps_the_next_owner_from_nothing(
         assert tokens(submit(opened)) == expected
 
 
+def test_all_dies_with_a_node_and_what_finds_a_place_serves_on(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+    """Owner, scheduler and groups at once. The next owner gives up where it finds no place for a group, and the one after it
+    takes over the other."""
+    first = own(FOREVER_S)
+    with front_end() as opened:
+        streams = submit(opened)
+        until("they do not begin", lambda: begun(streams))
+        dead = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
+        first.kill()
+        for process in dead:
+            os.kill(process, signal.SIGKILL)
+        until("their places are taken", lambda: not placements())
+        place = placement_group([{"CPU": 5}])
+        assert place.wait(PATIENCE_S)
+        try:
+            second = own(FOREVER_S, said=f"loading {TINY}", start_timeout_s=60)
+            assert tokens(streams) == expected
+            second.process.wait(PATIENCE_S)
+            third = own(FOREVER_S, start_timeout_s=60)
+            assert "1 group(s) are ready" in third.said
+            assert tokens(submit(opened)) == expected
+        finally:
+            remove_placement_group(place)
+        until("it does not come back", lambda: len(named(WORKER)) == 2)
+
+
 def test_an_owner_that_was_stopped_ends_once_another_has_come(own: Callable[..., Owner], expected: list[list[int]]) -> None:
     first = own(FOREVER_S)
     ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)

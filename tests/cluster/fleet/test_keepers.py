@@ -19,13 +19,14 @@ from cluster.engine import EngineError
 from cluster.fleet import health, restarts, scheduler_keeper
 from cluster.fleet.group import GroupHandle, _get
 from cluster.fleet.health import GroupKeeper
-from cluster.fleet.restarts import Restarts
+from cluster.fleet.restarts import Pause, Restarts
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.config.core import CoreConfig, Resolved
+from scheduler.protocol import sentinel
 from scheduler.server.stats import GroupStart
 from scheduler.server.vitals import Fenced
 from tests.shared import waiting
-from tests.shared.processes import SCHEDULER, alive, all_named, named
+from tests.shared.processes import SCHEDULER, alive, all_named, descendants, named
 from tests.shared.ray_heads import own_ray
 from workers.config import SchedulerAddress
 
@@ -356,6 +357,47 @@ def test_a_group_that_has_used_up_its_starts_rests_and_is_tried_again(
     assert gone == []
 
 
+class Timed(Restarts):
+    """Notes what it is told, and holds nobody back."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 600.0)
+        self.told: list[tuple[float, float]] = []
+
+    def after_death(self, now_s: float, lived_s: float = 0.0, start_s: float = 0.0) -> Pause:  # noqa: ARG002
+        self.told.append((lived_s, start_s))
+        return Pause(0.0, spent=False)
+
+
+class Placeless(Mortal):
+    """Its second start fails."""
+
+    def start(self, scheduler: SchedulerAddress, deadline: float) -> None:
+        if self.epoch == 1:
+            raise OSError("it finds no place")
+        time.sleep(0.05)
+        super().start(scheduler, deadline)
+
+    def wait(self, timeout_s: float) -> str | None:
+        time.sleep(0.05)
+        return super().wait(timeout_s)
+
+
+def test_how_long_a_group_has_lived_is_told_of_its_death(scheduler: SchedulerKeeper) -> None:
+    timed = Timed()
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Placeless(GROUPS, epoch)), scheduler,
+        restarts=timed, start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
+    )  # fmt: skip
+    keeper.start()
+    until("it was not tried again", lambda: keeper.epoch == Mortal.lives - 1)
+    keeper.close()
+    (lived_s, start_s), (never_lived_s, _) = timed.told
+    assert lived_s >= 0.05
+    assert start_s >= 0.05
+    assert never_lived_s == 0.0
+
+
 def test_a_scheduler_that_says_nothing_is_replaced_and_one_that_slept_is_not(
     scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +408,8 @@ def test_a_scheduler_that_says_nothing_is_replaced_and_one_that_slept_is_not(
     assert scheduler.call("status") is not None
     assert scheduler.epoch == 0
     monkeypatch.setattr(scheduler_keeper, "HUNG_TIMES", 1 / 30)
+    (beside,) = [each for each, line in descendants(pid).items() if sentinel.__file__ in line]
+    os.kill(beside, signal.SIGKILL)  # or it would be woken
     os.kill(pid, signal.SIGSTOP)
     until("no other came up", lambda: scheduler.epoch > 0)  # on busy cores that one may be silent for as long
     until("the hung one was left behind", lambda: not alive({pid}))
