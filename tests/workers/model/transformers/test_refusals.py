@@ -109,6 +109,12 @@ def test_ranks_that_cannot_share_it(tmp_path: Path, model_type: str, fields: dic
     assert reason in str(caught.value)
 
 
+def test_a_type_that_has_the_class_of_another_family_is_served(tmp_path: Path) -> None:
+    internlm3 = read_transformers(written(tmp_path, "internlm3", **SIZES))
+    internlm3.require(2)
+    assert (internlm3.architecture, internlm3.text.model_type) == ("LlamaForCausalLM", "internlm3")
+
+
 def test_which_is_chosen(tmp_path: Path) -> None:
     llama, gemma = make("llama", tmp_path / "llama"), make("gemma", tmp_path / "gemma")
     assert (is_native(llama), is_native(gemma)) == (True, False)
