@@ -23,7 +23,7 @@ from benchmarks.chaos.faults import Fault, inflict, resume
 from benchmarks.chaos.ledger import Incident, Ledger
 from benchmarks.chaos.roles import census, holders
 from benchmarks.shared.endpoint import Endpoint, ServingError, serving
-from benchmarks.shared.processes import Process, alive, held_by
+from benchmarks.shared.processes import Process, births, held_by, still_there
 
 FLAGS = ("--haproxy", "--kv-memory", "64MiB")
 FLAGS_ON = {"cpu": ("--threads", "1", "--dtype", "float64"), "cuda": ("--dtype", "float32")}
@@ -153,9 +153,9 @@ class Chaos:
             _say(f"{fault}: nobody plays this role")
             return True
         incident = ledger.begin(fault)
+        gone = births(victims) if fault.replaces else {}
         try:
             inflict(fault, victims, self._draw)
-            gone = set(victims) if fault.replaces else set()
             patience_s = LAST_WATCH_S if fault.ends_all else self._patience_s
             whole_s = _until(lambda: missing(endpoint, self._shape, before, gone) is None, patience_s, STEADY_POLLS)
             if whole_s is not None:
@@ -204,11 +204,11 @@ def usual(endpoint: Endpoint) -> dict[str, int]:
     return {name: len(pids) for name, pids in census(endpoint.pid).items()}
 
 
-def missing(endpoint: Endpoint, shape: Shape, before: dict[str, int], gone: set[int]) -> str | None:
+def missing(endpoint: Endpoint, shape: Shape, before: dict[str, int], gone: dict[int, str]) -> str | None:
     """What of all that there was is not there yet, in words: processes, groups, front ends; or who was to be replaced and has
-    not gone."""
+    not gone. gone: as `births` has them."""
     now = census(endpoint.pid)
-    if left := alive(gone):
+    if left := still_there(gone):
         return f"the end of {sorted(left)}"
     if few := [name for name, count in before.items() if len(now[name]) < count]:
         return f"a process called {' and '.join(few)}"

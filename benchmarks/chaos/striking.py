@@ -9,6 +9,7 @@ from benchmarks.chaos.faults import Fault, inflict, resume
 from benchmarks.chaos.roles import holders
 from benchmarks.chaos.run import Shape, missing, usual
 from benchmarks.shared.endpoint import Endpoint, ServingError
+from benchmarks.shared.processes import births
 
 SETTLE_S = 180.0
 POLL_S = 0.5
@@ -29,7 +30,7 @@ class Striking(threading.Thread):
         self._draw = random.Random(seed)
         self._over = threading.Event()
         self._usual: dict[str, int] = {}
-        self._until_whole(set())  # an endpoint is ready before all of its groups are
+        self._until_whole({})  # an endpoint is ready before all of its groups are
         self._usual = usual(endpoint)
 
     def run(self) -> None:
@@ -39,10 +40,11 @@ class Striking(threading.Thread):
 
     def _strike(self, fault: Fault) -> None:
         victims = holders(fault.role, self._endpoint.pid, self._draw.choice)
+        gone = births(victims) if fault.replaces else {}
         try:
             inflict(fault, victims, self._draw)
             self.made.append(str(fault) if victims else f"{fault} (nobody)")
-            self._until_whole(set(victims) if fault.replaces else set())
+            self._until_whole(gone)
         except ServingError:
             pass  # `settle` finds what is still missing
         finally:
@@ -52,9 +54,9 @@ class Striking(threading.Thread):
         """Makes no more of them, and returns when all is as it was. Errors: ServingError if that does not come about."""
         self._over.set()
         self.join()
-        self._until_whole(set())
+        self._until_whole({})
 
-    def _until_whole(self, gone: set[int]) -> None:
+    def _until_whole(self, gone: dict[int, str]) -> None:
         deadline_s = time.monotonic() + SETTLE_S
         while (lacking := missing(self._endpoint, self._shape, self._usual, gone)) is not None:
             if time.monotonic() > deadline_s:

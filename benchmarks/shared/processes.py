@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,17 @@ def named(name: str, of: int | None = None) -> list[int]:
 def alive(processes: Iterable[int]) -> set[int]:
     """Those of `processes` that still run, or are stopped; a zombie does not."""
     return {process for process in processes if (fields := _stat(process)) and fields[0] != "Z"}
+
+
+def births(processes: Iterable[int]) -> dict[int, str]:
+    """When each of those that run or are stopped began. Another may have its number later, and never that moment."""
+    found = {process: _stat(process) for process in processes}
+    return {process: fields[19] for process, fields in found.items() if fields and fields[0] != "Z"}
+
+
+def still_there(born: Mapping[int, str]) -> list[int]:
+    """Those of `births` that have not ended since."""
+    return [process for process, moment in births(born).items() if moment == born[process]]
 
 
 def wait_gone(processes: Iterable[int], patience_s: float = 60.0) -> set[int]:

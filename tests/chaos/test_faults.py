@@ -15,7 +15,7 @@ import pytest
 from benchmarks.chaos.faults import Fault, cut, inflict
 from benchmarks.chaos.roles import ranks_of
 from benchmarks.chaos.run import in_turns
-from benchmarks.shared.processes import descendants
+from benchmarks.shared.processes import births, descendants, still_there
 from tests.shared.processes import alive
 
 SLEEP = "import time; time.sleep(3600)"
@@ -132,3 +132,13 @@ def test_faults_take_turns_and_what_ends_an_endpoint_comes_last() -> None:
     plan = in_turns(faults, 7, random.Random(0))
     assert sorted(plan.count(fault) for fault in faults) == [2, 2, 3]
     assert [fault.ends_all for fault in plan] == sorted(fault.ends_all for fault in plan)
+
+
+def test_who_has_the_number_of_one_that_has_gone_is_another(start: Start) -> None:
+    process = start(SLEEP)
+    born = births([process.pid, os.getpid()])
+    assert set(still_there(born)) == {process.pid, os.getpid()}
+    assert still_there(born | {os.getpid(): "0"}) == [process.pid]
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie
+    assert still_there(born) == [os.getpid()]
