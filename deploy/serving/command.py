@@ -249,7 +249,7 @@ def _import_doors() -> None:
 
 def _begin_groups(config: Config) -> str:
     """The ranks' processes come up beside Serve's. Returns what version they are of."""
-    from cluster.fleet.early import begin_groups
+    from cluster.early import begin_groups
     from cluster.fleet.estate import estate_of, version_of
 
     engine, limits = config.engine, config.serve
