@@ -66,7 +66,7 @@ def test_windows_natively(windowed: tuple[Path, Reference], setting: Setting) ->
 
 def test_the_page_has_every_model_type(tmp_path: Path) -> None:
     """Each with its class, and not one that is another's."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|.*\|$", DOCS.read_text(), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|.*\|$", DOCS.read_text(), re.MULTILINE))
     assert list(rows) == sorted(ZOO | MORE)
     for kind in KINDS:
         how = ReadingConfig(model_implementation="transformers")
