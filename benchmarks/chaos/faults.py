@@ -93,9 +93,8 @@ def inflict(fault: Fault, victims: Iterable[int], draw: random.Random) -> None:
             signal_all(victims, signal.SIGKILL)
         case "stop":
             signal_all(victims, signal.SIGSTOP)
-            if fault.role in WOKEN:
-                return
-            threading.Thread(target=_insist, args=(victims,), daemon=True).start()
+            if fault.role not in WOKEN:
+                threading.Thread(target=_insist, args=(victims,), daemon=True).start()
         case "pause":
             with _stopped(victims):
                 time.sleep(draw.uniform(*PAUSES_S))

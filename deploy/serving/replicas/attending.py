@@ -1,4 +1,5 @@
-"""Serve's own actors are ended when a signal has stopped them, by a small process beside each (`scheduler.protocol.sentinel`).
+"""Serve's own actors are woken when a signal has stopped them, by a small process beside each (`scheduler.protocol.sentinel`),
+or ended where that does not help.
 
 Nothing of Serve's or Ray's would notice for its controller, and only after half a minute for the others: whoever is dead is
 replaced at once. Imports ray, Serve's names and the sentinel.

@@ -105,6 +105,18 @@ def newer(name: str) -> str:
     return f"model.{name}"
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+          "patch_size": 14}  # fmt: skip
+
+
+def assert_served_as(model: Any, path: Path) -> None:
+    """What the model's text part says to a prompt is what one rank says that has read `path`, and two."""
+    with torch.inference_mode():
+        wanted = model.eval()(torch.tensor([PROMPT])).logits[:, -1]
+    for size in (1, 2):
+        torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
 def test_the_text_part_of_a_checkpoint_that_also_sees(old: bool, tmp_path: Path) -> None:
     """As text, whatever transformers calls its parts: what sees is not read."""
@@ -126,44 +138,31 @@ def test_the_text_part_of_a_checkpoint_that_also_sees(old: bool, tmp_path: Path)
     read = read_transformers(path)
     assert (read.architecture, read.vocab_size) == ("Gemma3ForCausalLM", 199)
     assert read.remarks(1) == ["the text part of gemma3 is served: it sees and hears nothing"]
-    with torch.inference_mode():
-        wanted = model.eval()(torch.tensor([PROMPT])).logits[:, -1]
-    for size in (1, 2):
-        torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
+    assert_served_as(model, path)
 
 
 def test_a_text_part_that_is_called_text_model(tmp_path: Path) -> None:
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-              "patch_size": 14}  # fmt: skip
     text = SIZES | {"model_type": "llama"}
-    config = transformers.Idefics3Config(text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=198)
+    config = transformers.Idefics3Config(text_config=text, vision_config=VISION, tie_word_embeddings=False, image_token_id=198)
     model = transformers.Idefics3ForConditionalGeneration(config)
     sharpen(model.model.text_model)
     path = tmp_path / "idefics3"
     model.save_pretrained(path)
     assert "model.text_model.embed_tokens.weight" in load_file(path / "model.safetensors")
-    with torch.inference_mode():
-        wanted = model.eval()(torch.tensor([PROMPT])).logits[:, -1]
-    for size in (1, 2):
-        torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
+    assert_served_as(model, path)
 
 
 def test_the_names_that_the_whole_checkpoint_has_for_its_text_part(tmp_path: Path) -> None:
     """Of the experts of MiniMax M3 transformers knows the stored names by the model type of the whole alone."""
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-              "patch_size": 14}  # fmt: skip
     text = SIZES | MORE["minimax_m3_vl_text"] | {"model_type": "minimax_m3_vl_text"}
-    config = transformers.CONFIG_MAPPING["minimax_m3_vl"](text_config=text, vision_config=vision, tie_word_embeddings=False)
+    config = transformers.CONFIG_MAPPING["minimax_m3_vl"](text_config=text, vision_config=VISION, tie_word_embeddings=False)
     model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     sharpen(model.model.language_model)
     path = tmp_path / "minimax"
     model.save_pretrained(path)
     names = load_file(path / "model.safetensors")
     assert "language_model.model.layers.1.block_sparse_moe.experts.0.w1.weight" in names
-    with torch.inference_mode():
-        wanted = model.eval()(torch.tensor([PROMPT])).logits[:, -1]
-    for size in (1, 2):
-        torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
+    assert_served_as(model, path)
 
 
 @pytest.mark.parametrize("size", [1, 2])
