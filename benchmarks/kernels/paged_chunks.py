@@ -20,7 +20,7 @@ from benchmarks.kernels.paged import LAYERS, TOLERANCE, Heads, World, exact_kv, 
 from kvcache.layout import FP8
 from workers.attention.base import Chunks
 from workers.attention.flash import FlashChunkPlan, FlashKernels, load_kernels
-from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
+from workers.kernels.attention.chunks import SPECIALIZED, ChunkAttention, ChunkConfig
 
 MAIN = Heads(16, 8, 128)
 OTHERS = (Heads(32, 8, 128), Heads(16, 8, 64), Heads(32, 8, 64))
@@ -30,6 +30,7 @@ Way = ChunkConfig | None
 EVERY: tuple[Way, ...] = (
     None,
     BASE,
+    SPECIALIZED,
     replace(BASE, described=True),
     replace(BASE, rows=128, warps=8, keys=128, described=True),
     replace(BASE, stages=2),

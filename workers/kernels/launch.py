@@ -21,6 +21,8 @@ from workers.kernels.compiling import keys
 keys.settle()
 ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes
 COPYING_GENERATIONS = (9, 10)
+WARPGROUP_GENERATION = 9
+FIRST_WITH_GLUON = (3, 6)  # as `attention/specialized.py` takes it
 INTERPRETED_BYTES = 227 << 10  # of shared memory, as a Hopper chip has them
 RESERVED_BYTES = 8 << 10  # for what is no stage
 
@@ -50,6 +52,15 @@ def may_start_early(device: torch.device) -> bool:
 def copies_tiles(device: torch.device) -> bool:
     """Whether it has a copy engine for tiles, and 227 KiB of shared memory to hold them; a CPU interprets as if it had."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in COPYING_GENERATIONS
+
+
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether its tensor cores are asked by groups of four warps, and Triton has Gluon to write it in: Hopper alone."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == WARPGROUP_GENERATION
+        and tuple(map(int, triton.__version__.split(".")[:2])) >= FIRST_WITH_GLUON
+    )
 
 
 @cache

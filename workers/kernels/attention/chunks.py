@@ -9,6 +9,7 @@ Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's int
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -29,7 +30,10 @@ from workers.kernels.attention.spans import (
     span_kv,
 )
 from workers.kernels.heads.fp8 import query_for_fp8
-from workers.kernels.launch import copies_tiles, fitting_stages
+from workers.kernels.launch import copies_tiles, fitting_stages, has_warpgroups
+
+if TYPE_CHECKING:
+    from workers.kernels.attention.specialized import SpecializedChunks
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan
@@ -46,6 +50,24 @@ class ChunkConfig:
     stages: int = 3  # spans in flight
     warps: int = 4
     described: bool = False  # whole spans are copied by a tensor descriptor of the pool, where they lie within a block
+    specialized: bool = False  # by `specialized`, whose rows and keys these are
+
+
+SPECIALIZED = ChunkConfig(rows=128, keys=128, stages=2, warps=8, specialized=True)
+
+
+def may_specialize(pool: KVPool, dtype: torch.dtype, head_dim: int, group: int, forms: Sequence[Form]) -> bool:
+    """Whether `specialized` takes such heads, of so many queries a KV head, over the pool, and is known to be faster: plain
+    layers on Hopper, heads of 128 numbers; with heads of 64 it is slower."""
+    return (
+        head_dim == DESCRIBED_DIM
+        and pool.dtype == dtype
+        and dtype.itemsize == 2
+        and pool.layout.block_size % SPECIALIZED.keys == 0
+        and SPECIALIZED.rows // 2 % group == 0
+        and all(form == Form(form.scale) for form in forms)
+        and has_warpgroups(pool.device)
+    )
 
 
 def choose_config(pool: KVPool, dtype: torch.dtype, head_dim: int) -> ChunkConfig:
@@ -201,6 +223,12 @@ def _described(pool: KVPool, keys: int, head_dim: int) -> TensorDescriptor | Non
     return TensorDescriptor(data, [data.numel() // width, width], [width, 1], [keys, head_dim])
 
 
+def _specialized(pool: KVPool, dim: int) -> "SpecializedChunks":
+    from workers.kernels.attention.specialized import SpecializedChunks  # needs Gluon, which only what it runs on surely has
+
+    return SpecializedChunks(pool, dim)
+
+
 class ChunkAttention:
     """Causal attention of chunks over one rank's pool. heads: query heads of this rank. forms: of each layer, None: plain.
     kv_heads, head_dim: as in `DecodeAttention`. dtype: of queries, None: the pool's.
@@ -219,10 +247,14 @@ class ChunkAttention:
         self._kv_heads, self._head_dim = kv_heads or layout.kv_heads, head_dim or layout.head_dim
         self._group = heads // self._kv_heads
         self._dim = max(16, triton.next_power_of_2(self._head_dim))
-        self.config = config = config or choose_config(pool, dtype or pool.dtype, self._head_dim)
+        dtype = dtype or pool.dtype
+        if config is None and may_specialize(pool, dtype, self._head_dim, self._group, self._forms):
+            config = SPECIALIZED
+        self.config = config = config or choose_config(pool, dtype, self._head_dim)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
         described = config.described and self._head_dim == self._dim  # padded heads reach into their neighbours
         self._spans_at = _described(pool, config.keys, self._dim) if described else None
+        self._specialized = _specialized(pool, self._dim) if config.specialized else None
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
         """The table of tiles, for all layers of a step. A captured plan follows what the tensors say when it is replayed.
@@ -248,6 +280,9 @@ class ChunkAttention:
         [heads], where the layer's form has them."""
         layout, config, form = self._pool.layout, self.config, self._forms[layer]
         assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
+        if self._specialized is not None:
+            self._specialized.run(layer, query, block_tables, context_lens, tiles, out, form.scale * LOG2_E)
+            return
         key_scale, value_scale = self._pool.scales(layer) or (1.0, None)
         _attend[(len(tiles) * self._kv_heads,)](
             query, self._pool.data, self._spans_at, block_tables, tiles, context_lens, sinks, out, layer,

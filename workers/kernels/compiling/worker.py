@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -43,7 +44,8 @@ class Told(NamedTuple):
 
     @property
     def source(self) -> ASTSource:
-        return ASTSource(self.function, self.signature, self.constexprs, self.attrs)
+        kind = GluonASTSource if isinstance(self.function, GluonJITFunction) else ASTSource
+        return kind(self.function, self.signature, self.constexprs, self.attrs)
 
     def dump(self) -> bytes:
         """Errors: whatever pickle raises for what cannot be told."""

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from workers.kernels.launch import fitting_stages, interpreted
+from workers.kernels.launch import copies_tiles, fitting_stages, interpreted
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles, in_fours
 from workers.kernels.products.fp8_tiles import fp8_tiles
@@ -38,6 +39,8 @@ from workers.kernels.products.widen import ONE
 from workers.kernels.reduced import BLOCK, Reduced
 from workers.kernels.rows.norm import rms_norm, rounded_norm
 from workers.kernels.rows.rounding import rounded
+
+ALIGNED_BYTES = 16  # of a row, for the copy engine
 
 
 def matvec(
@@ -150,11 +153,14 @@ class _Product:
 
     def tiles(self, weight: Tensor | Reduced) -> None:
         values, scales, bits, group = weight, self.x, 16, 0
-        if isinstance(weight, Reduced):
+        described = None, None
+        if isinstance(weight, Tensor):
+            described = self._described(weight)
+        else:
             values, scales, bits, group = weight.values, weight.scales, weight.bits, _group(weight)
         assert isinstance(values, Tensor)
         tiles[(self._tiles * self.config.parts,)](
-            self.x, values, self._or_any(self.bias), self.out, scales, *self._norms, *self._sums(), len(self.x),
+            self.x, values, *described, self._or_any(self.bias), self.out, scales, *self._norms, *self._sums(), len(self.x),
             self.x.stride(0), values.stride(0), self.out.stride(0), self._eps, BITS=bits, GROUP=group, **self._cut,
             **self._split(bits), **self._left, **self._early,
         )  # fmt: skip
@@ -182,6 +188,16 @@ class _Product:
             *self._sums(), len(near), len(near.values), self.out.stride(0), GROUP=_group(weight), SQUARE=square,
             WIDE=interpreted(), **cut, **self._split(8), **self._early,
         )  # fmt: skip
+
+    def _described(self, weight: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        """Of x and W in tiles, where the copy engine brings them: none where there is none, or rows lie where it cannot."""
+        config, both = self.config, (self.x, weight)
+        if not config.described or not copies_tiles(weight.device) or any(_strays(each) for each in both):
+            return None, None
+        return (
+            TensorDescriptor.from_tensor(self.x, [self._padded, config.columns]),
+            TensorDescriptor.from_tensor(weight, [config.rows, config.columns]),
+        )
 
     @property
     def _blocks(self) -> int:
@@ -251,6 +267,11 @@ class _Product:
             raise ValueError(f"K is split among programs, which count themselves: give {self._tiles} counters")
         sums = self._tiles * config.parts * 2 * config.rows * self._padded
         return torch.empty(sums, dtype=torch.float32, device=counters.device), counters
+
+
+def _strays(rows: Tensor) -> bool:
+    """Whether some row begins elsewhere than at a multiple of 16 bytes, or has gaps."""
+    return rows.stride(1) != 1 or bool(rows.data_ptr() % ALIGNED_BYTES or rows.stride(0) * rows.itemsize % ALIGNED_BYTES)
 
 
 def _group(weight: Reduced) -> int:

@@ -81,16 +81,17 @@ def finish_tile(total, up, before, weights, rows, safe, token, tokens, bias, out
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, weight, bias, out, scales, squares, next_weight, next_values, next_squares, partial, counters, tokens, x_stride,
-          weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, SQUARES: tl.constexpr, BIAS: tl.constexpr,
-          RESIDUAL: tl.constexpr, GATED: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr,
-          GROUP: tl.constexpr):  # fmt: skip
+def tiles(x, weight, x_at, weight_at, bias, out, scales, squares, next_weight, next_values, next_squares, partial, counters,
+          tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
+          ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, SQUARES: tl.constexpr,
+          BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr,
+          BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
-    partial: of each program its sums [ROWS, TOKENS], and those of the other half. counters: one for each tile of rows and
-    tokens, 0 before and after. COLUMNS divides K / PARTS. squares: the parts of a `Prenormed` x, SQUARES of them; 0: x is as it
-    is. next_values, next_squares: where NEXT, of a `Prenormed` out. BITS, GROUP, scales: as in `of_fp8`.
+    x_at, weight_at: descriptors of both, in such tiles; None where they are read by pointers. partial: of each program its sums
+    [ROWS, TOKENS], and those of the other half. counters: one for each tile of rows and tokens, 0 before and after. COLUMNS
+    divides K / PARTS. squares: the parts of a `Prenormed` x, SQUARES of them; 0: x is as it is. next_values, next_squares:
+    where NEXT, of a `Prenormed` out. BITS, GROUP, scales: as in `of_fp8`.
     """
     SIZE: tl.constexpr = (2 * ROWS if GATED else ROWS) * TOKENS
     tile_of = tl.program_id(0) // PARTS
@@ -107,21 +108,28 @@ def tiles(x, weight, bias, out, scales, squares, next_weight, next_values, next_
         tl.extra.cuda.gdc_wait()
 
     column = begin + tl.arange(0, COLUMNS)
-    w_at = safe[:, None] * weight_stride + column[None, :]
-    x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
+    of_weight = safe[:, None] * weight_stride + column[None, :]
+    of_x = token.to(tl.int64)[None, :] * x_stride + column[:, None]
     there = (token < tokens)[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gated = sums
     if SQUARES > 0:
         powers = powers_of(squares, token, tokens, there, SQUARES)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
-        tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
-        a = tl.load(x + start + x_at, mask=there, other=0.0)
+        if weight_at is None:
+            tile = tl.load(weight + start + of_weight, eviction_policy="evict_first")
+            a = tl.load(x + start + of_x, mask=there, other=0.0)
+        else:
+            tile = weight_at.load([block * ROWS, begin + start])
+            a = tl.trans(x_at.load([tile_of % of_tokens * TOKENS, begin + start]))
         if BITS == 8:
             tile = of_fp8(tile, scales, safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
         sums = tl.dot(tile, a, sums)
         if GATED:
-            other = tl.load(half + start + w_at, eviction_policy="evict_first")
+            if weight_at is None:
+                other = tl.load(half + start + of_weight, eviction_policy="evict_first")
+            else:
+                other = weight_at.load([N + block * ROWS, begin + start])
             if BITS == 8:
                 other = of_fp8(other, scales, N + safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
             gated = tl.dot(other, a, gated)

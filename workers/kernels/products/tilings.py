@@ -18,7 +18,7 @@ MOST_OUTPUTS = 4  # for one input, of products that are not the head's
 FEW = 2  # tokens that `stream` takes
 SMALL_NUMBERS, TINY_NUMBERS = 8 << 20, 1 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
-DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 256
+DEEP_PROGRAMS, FEW_DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 100, 128, 256
 LEAST_OF_FP8 = 512  # columns of a program
 LEAST_OF_FOUR_BITS = 64  # columns that `four_bit_tiles` takes at a time
 MAX_TILES = 1024  # of rows, where K is split among programs
@@ -35,6 +35,7 @@ class Tiling:
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
     rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
     tokens: int = 64  # of a program at most, where there are tiles
+    described: bool = False  # `tiles` of 16 bits: the copy engine brings them, by descriptors
 
     @property
     def tiled(self) -> bool:
@@ -76,48 +77,56 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool,
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if dtype == torch.float32 or tokens > (MOST_TOKENS if small and bits == 16 else MAX_TOKENS):
         return None
-    if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
-        tile = _small_deep(n, k, tokens) if small else Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6)
-        return _among(n, k, tile, DEEP_PROGRAMS, tokens=tokens)
+    if tokens <= FEW_OF_TILES:
+        return _of_few(n, k, tokens, swiglu, small)
     if small:
-        return _small_gated(n, k, tokens) if swiglu else _small_wide(n, k, tokens)
+        return _small_deep(n, k, tokens) if n <= k else _small_gated(n, k, tokens) if swiglu else _small_wide(n, k, tokens)
+    if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
+        return _among(n, k, Tiling(64, 128, 4, 6, described=True), FEW_DEEP_PROGRAMS)
     if n > MOST_OUTPUTS * k:
         return None
-    few = tokens <= FEW_OF_TILES
-    if swiglu:
-        return _among(n, k, Tiling(64, 64, 4, 4) if few else Tiling(128, 64, 8, 4), WIDE_PROGRAMS)
-    return _among(n, k, Tiling(64, 128, 4, 6) if few else Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
+    tile = Tiling(64, 64, 4, 4, described=True) if swiglu else Tiling(64, 128, 4, 6, described=True)
+    return _among(n, k, tile, WIDE_PROGRAMS)
 
 
-# The best of whole steps of the 0.6B shape with 32, 64, 128 and 256 rows, each tiling tried in turn; above, of the 8B shape.
+# The best of whole steps of the 0.6B shape with 32, 64, 128, 192 and 256 rows, each tiling tried in turn; where W is not small,
+# of the 8B shape with 32 and 64.
 
 
-def _small_deep(n: int, k: int, tokens: int) -> Tiling:
-    if tokens <= FEW_OF_TILES:
-        return Tiling(32, 128, 4, 4)
+def _of_few(n: int, k: int, tokens: int, swiglu: bool, small: bool) -> Tiling | None:
+    if n <= k:
+        return _among(n, k, Tiling(32, 128, 4, 4) if small or n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
+    if small and not swiglu:
+        few = tokens <= FEW_OF_TILES // 2
+        return _among(n, k, Tiling(64, 64, 4, 8) if few else Tiling(64, 128, 4, 4), WIDE_PROGRAMS if few else 2 * WIDE_PROGRAMS)
+    if n > MOST_OUTPUTS * k and not small:
+        return None
+    tile = Tiling(32, 128, 4, 6) if small else Tiling(64, 64, 4, 4) if swiglu else Tiling(64, 128, 4, 6)
+    return _among(n, k, tile, WIDE_PROGRAMS)
+
+
+def _small_deep(n: int, k: int, tokens: int) -> Tiling | None:
     if tokens <= MAX_TOKENS:
-        return Tiling(64, 128, 4, 4, tokens=32)
-    return Tiling(64, 128, 4, 4) if k > 2 * n else Tiling(64, 64, 4, 6)
+        return _among(n, k, Tiling(64, 128, 4, 4, tokens=32), DEEP_PROGRAMS, tokens=tokens)
+    stages = 6 if k > 2 * n or tokens > 2 * MAX_TOKENS else 4
+    return _among(n, k, Tiling(64, 128, 4, stages, described=True), FEW_DEEP_PROGRAMS, tokens=tokens)
 
 
 def _small_gated(n: int, k: int, tokens: int) -> Tiling | None:
-    if tokens <= FEW_OF_TILES:
-        tile = Tiling(32, 128, 4, 6)
-    elif tokens <= MAX_TOKENS:
+    if tokens <= MAX_TOKENS:
         tile = Tiling(64, 128, 4, 4, tokens=32)
     else:
-        tile = Tiling(64, 64, 4, 4) if tokens <= 3 * MAX_TOKENS else Tiling(64, 64, 8, 4, tokens=128)
+        tile = Tiling(64, 128 if tokens <= 2 * MAX_TOKENS else 64, 4, 4, described=True)
     return _among(n, k, tile, WIDE_PROGRAMS, tokens=tokens)
 
 
 def _small_wide(n: int, k: int, tokens: int) -> Tiling | None:
-    if tokens <= FEW_OF_TILES:
-        few = tokens <= FEW_OF_TILES // 2
-        return _among(n, k, Tiling(64, 64, 4, 8) if few else Tiling(64, 128, 4, 4), WIDE_PROGRAMS if few else 2 * WIDE_PROGRAMS)
-    if tokens <= MAX_TOKENS:
-        tile = Tiling(64, 64, 4, 8)
+    if tokens <= 2 * MAX_TOKENS:
+        tile = Tiling(64, 128, 4, 6, described=True)
+    elif tokens <= 3 * MAX_TOKENS:
+        tile = Tiling(128, 128, 4, 4, described=True)
     else:
-        tile = Tiling(64, 128, 4, 4) if tokens <= 2 * MAX_TOKENS else Tiling(64, 64, 4, 6)
+        tile = Tiling(64, 128, 4, 4, tokens=128, described=True)
     return _among(n, k, tile, 1)
 
 

@@ -1,6 +1,8 @@
 """Chunk attention in Triton against dense float64 attention: ragged chunks, tiles of every kind, block borders, garbage."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_atten
 
 pytest.importorskip("triton")
 
-from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
+from workers.kernels.attention.chunks import SPECIALIZED, ChunkAttention, ChunkConfig, may_specialize
+from workers.kernels.attention.form import Form, plain_forms
+from workers.kernels.launch import has_warpgroups
 
 
 def check(problem: Problem, config: ChunkConfig | None = None, spare: int = 0) -> None:
@@ -78,3 +82,42 @@ def test_more_sequences_than_one_look(dtype: str, device: str) -> None:
     layout = BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=16, dtype=dtype)
     queries = [2 + row % 3 for row in range(70)]
     check(make_problem(make_step(queries, [count + 3 for count in queries], 16), layout, heads=2, device=device), SMALL)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("group", [1, 2, 8, 64])
+@pytest.mark.parametrize("block", [128, 256])
+def test_warps_that_copy_and_warps_that_compute(dtype: str, group: int, block: int) -> None:
+    """Chunks that begin and end anywhere in a span; one whose second half of a tile has no row; tiles that are none."""
+    if not has_warpgroups(torch.device("cuda")):
+        pytest.skip("of Hopper alone")
+    queries, contexts = [1, 300, 3, 70, 129, 257], [1, 1000, block + 2, 70, 641, 257]
+    layout = BlockLayout(block_size=block, layers=2, kv_heads=2, head_dim=128, dtype=dtype)
+    problem = make_problem(make_step(queries, contexts, block), layout, heads=2 * group, device="cuda")
+    check(problem, SPECIALIZED, spare=300)
+    check(problem)
+
+
+def test_what_specialized_warps_are_not_for() -> None:
+    """Asked of a Hopper: heads of 64, blocks that spans do not divide, odd groups, and whatever is not plain."""
+    layout = BlockLayout(block_size=256, layers=2, kv_heads=1, head_dim=128, dtype="bfloat16")
+    forms, bf16 = plain_forms(2, 128), torch.bfloat16
+
+    def asked(
+        layout: BlockLayout = layout, dtype: torch.dtype = bf16, dim: int = 128, group: int = 2,
+        forms: Sequence[Form] = forms,
+    ) -> bool:  # fmt: skip
+        pool = make_problem(make_step([1], [1], layout.block_size), layout, heads=group, device="cpu").pool
+        with patch("workers.kernels.attention.chunks.has_warpgroups", return_value=True):
+            return may_specialize(pool, dtype, dim, group, forms)
+
+    assert asked()
+    assert asked(group=64)
+    assert not asked(group=7)
+    assert not asked(replace(layout, block_size=64))
+    assert not asked(replace(layout, head_dim=64), dim=64)
+    assert not asked(replace(layout, dtype="float32"), torch.float32)
+    assert not asked(forms=[forms[0], replace(forms[0], window=16)])
+    assert not asked(forms=[forms[0], replace(forms[0], sinks=True)])
+    assert not has_warpgroups(torch.device("cpu"))

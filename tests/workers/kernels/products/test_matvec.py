@@ -18,6 +18,8 @@ CONFIGS = {
     "tensor cores, a single turn": Tiling(16, 64, 4, 2, 3),
     "tensor cores, K among programs": Tiling(16, 32, 4, 2, 2),
     "tensor cores, tokens too": Tiling(16, 32, 4, 2, 2, tokens=4),
+    "tensor cores, by the copy engine": Tiling(16, 64, 4, 2, 1, described=True),
+    "tensor cores, K among programs, by the copy engine": Tiling(16, 32, 4, 2, 2, described=True),
 }
 N, K = 12, 192
 
