@@ -197,15 +197,16 @@ def attend_specialized(query, spans_at, tables, tiles, contexts, out, layer, sca
 
 
 class SpecializedChunks:
-    """The kernel over one pool of 16 bits, whose blocks KEYS divides; heads of `dim` numbers."""
+    """The kernel over one pool of 16 bits, whose blocks KEYS divides. kv_heads, dim: of the heads that are asked for, which
+    need not be as the pool names them."""
 
-    def __init__(self, pool: KVPool, dim: int) -> None:
-        layout, self._dim = pool.layout, dim
+    def __init__(self, pool: KVPool, kv_heads: int, dim: int) -> None:
+        layout, self._kv_heads, self._dim = pool.layout, kv_heads, dim
         width = layout.kv_heads * layout.head_dim
         held = gl.NVMMASharedLayout.get_default_for([KEYS, dim], gl.bfloat16)  # of any dtype of as many bits
         shape, strides = [pool.data.numel() // width, width], [width, 1]
         self._spans_at = TensorDescriptor(pool.data, shape, strides, [KEYS, dim], held)
-        self._kv_heads, self._kv_block, self._layers = layout.kv_heads, layout.block_size, layout.layers
+        self._kv_block, self._layers = layout.block_size, layout.layers
 
     def run(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor, scale: float

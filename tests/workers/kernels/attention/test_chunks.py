@@ -18,11 +18,17 @@ from workers.kernels.attention.form import Form, plain_forms
 from workers.kernels.launch import has_warpgroups
 
 
+def write(problem: Problem) -> None:
+    """The chunks' own keys and values."""
+    step, data, layer, size = problem.step, problem.pool.data, problem.layer, problem.pool.layout.block_size
+    block, slot = step.slots // size, step.slots % size
+    data[block, layer, 0, slot], data[block, layer, 1, slot] = problem.key, problem.value
+
+
 def check(problem: Problem, config: ChunkConfig | None = None, spare: int = 0) -> None:
     """Writes the chunks' own keys and values, then attends; `spare`: tokens that the plan allows for beyond those there."""
     step, pool, layer = problem.step, problem.pool, problem.layer
-    block, slot = step.slots // pool.layout.block_size, step.slots % pool.layout.block_size
-    pool.data[block, layer, 0, slot], pool.data[block, layer, 1, slot] = problem.key, problem.value
+    write(problem)
     attention = ChunkAttention(pool, problem.query.shape[1], config)
     tiles = attention.plan(step.query_starts, step.context_lens, len(problem.query) + spare)
     tables = torch.nn.functional.pad(step.block_tables, (0, 50), value=1 << 30)  # no block: must not be followed
@@ -97,6 +103,25 @@ def test_warps_that_copy_and_warps_that_compute(dtype: str, group: int, block: i
     problem = make_problem(make_step(queries, contexts, block), layout, heads=2 * group, device="cuda")
     check(problem, SPECIALIZED, spare=300)
     check(problem)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_heads_that_are_not_as_the_pool_names_them() -> None:
+    """Two KV heads of 128 in the rows of one of 256: as layers of another shape have them."""
+    if not has_warpgroups(torch.device("cuda")):
+        pytest.skip("of Hopper alone")
+    layout = BlockLayout(block_size=256, layers=2, kv_heads=1, head_dim=256, dtype="bfloat16")
+    problem = make_problem(make_step([300, 70], [700, 70], 256), layout, heads=2, device="cuda")
+    write(problem)
+    step, query = problem.step, torch.randn(370, 4, 128, device="cuda").bfloat16()
+    outs = []
+    for config in (None, SPECIALIZED, ChunkConfig()):
+        attention = ChunkAttention(problem.pool, 4, config, kv_heads=2, head_dim=128)
+        outs.append(out := torch.full_like(query, float("nan")))
+        tiles = attention.plan(step.query_starts, step.context_lens, len(query))
+        attention.run(problem.layer, query, step.block_tables, step.context_lens, tiles, out)
+    assert torch.equal(outs[0], outs[1])
+    torch.testing.assert_close(outs[1], outs[2], atol=ATTENTION_TOLERANCE["bfloat16"], rtol=0)
 
 
 def test_what_specialized_warps_are_not_for() -> None:
