@@ -21,6 +21,7 @@ from workers.kernels.compiling import keys
 keys.settle()
 ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes
 COPYING_GENERATIONS = (9, 10)
+ALIGNED_BYTES = 16  # of a row, for the copy engine
 WARPGROUP_GENERATION = 9
 FIRST_WITH_GLUON = (3, 6)  # as `attention/specialized.py` takes it
 INTERPRETED_BYTES = 227 << 10  # of shared memory, as a Hopper chip has them
@@ -59,7 +60,7 @@ def has_warpgroups(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == WARPGROUP_GENERATION
-        and tuple(map(int, triton.__version__.split(".")[:2])) >= FIRST_WITH_GLUON
+        and keys.VERSION >= FIRST_WITH_GLUON
     )
 
 

@@ -50,10 +50,10 @@ class ChunkConfig:
     stages: int = 3  # spans in flight
     warps: int = 4
     described: bool = False  # whole spans are copied by a tensor descriptor of the pool, where they lie within a block
-    specialized: bool = False  # by `specialized`, whose rows and keys these are
+    specialized: bool = False  # by `specialized`, which has 128 rows and two groups of four warps
 
 
-SPECIALIZED = ChunkConfig(rows=128, keys=128, stages=2, warps=8, specialized=True)
+SPECIALIZED = ChunkConfig(rows=128, keys=128, stages=2, warps=8, specialized=True)  # the best of three measured
 
 
 def may_specialize(pool: KVPool, dtype: torch.dtype, head_dim: int, group: int, forms: Sequence[Form]) -> bool:
@@ -223,10 +223,10 @@ def _described(pool: KVPool, keys: int, head_dim: int) -> TensorDescriptor | Non
     return TensorDescriptor(data, [data.numel() // width, width], [width, 1], [keys, head_dim])
 
 
-def _specialized(pool: KVPool, kv_heads: int, dim: int) -> "SpecializedChunks":
+def _specialized(pool: KVPool, config: ChunkConfig, kv_heads: int, dim: int) -> "SpecializedChunks":
     from workers.kernels.attention.specialized import SpecializedChunks  # needs Gluon, which only what it runs on surely has
 
-    return SpecializedChunks(pool, kv_heads, dim)
+    return SpecializedChunks(pool, config.keys, config.stages, kv_heads, dim)
 
 
 class ChunkAttention:
@@ -254,7 +254,7 @@ class ChunkAttention:
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
         described = config.described and self._head_dim == self._dim  # padded heads reach into their neighbours
         self._spans_at = _described(pool, config.keys, self._dim) if described else None
-        self._specialized = _specialized(pool, self._kv_heads, self._dim) if config.specialized else None
+        self._specialized = _specialized(pool, config, self._kv_heads, self._dim) if config.specialized else None
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
         """The table of tiles, for all layers of a step. A captured plan follows what the tensors say when it is replayed.

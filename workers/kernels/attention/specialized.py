@@ -24,10 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvcache.pool import KVPool
 
-ROWS, KEYS, STAGES = 128, 128, 2
-"""Of a tile, of a span, spans in shared memory: the best of three measured."""
-
-HALF = gl.constexpr(ROWS // 2)
+HALF = gl.constexpr(64)  # rows of a tile, that one group has
 REGISTERS = gl.constexpr(240)  # a thread of a group that computes; what is left is enough for the warp that copies
 FEW_REGISTERS = gl.constexpr(24)
 
@@ -197,23 +194,23 @@ def attend_specialized(query, spans_at, tables, tiles, contexts, out, layer, sca
 
 
 class SpecializedChunks:
-    """The kernel over one pool of 16 bits, whose blocks KEYS divides. kv_heads, dim: of the heads that are asked for, which
-    need not be as the pool names them."""
+    """The kernel over one pool of 16 bits. keys: of a span, which divide a block; stages: spans in shared memory. kv_heads,
+    dim: of the heads that are asked for, which need not be as the pool names them."""
 
-    def __init__(self, pool: KVPool, kv_heads: int, dim: int) -> None:
-        layout, self._kv_heads, self._dim = pool.layout, kv_heads, dim
+    def __init__(self, pool: KVPool, keys: int, stages: int, kv_heads: int, dim: int) -> None:
+        layout, self._keys, self._stages, self._kv_heads, self._dim = pool.layout, keys, stages, kv_heads, dim
         width = layout.kv_heads * layout.head_dim
-        held = gl.NVMMASharedLayout.get_default_for([KEYS, dim], gl.bfloat16)  # of any dtype of as many bits
+        held = gl.NVMMASharedLayout.get_default_for([keys, dim], gl.bfloat16)  # of any dtype of as many bits
         shape, strides = [pool.data.numel() // width, width], [width, 1]
-        self._spans_at = TensorDescriptor(pool.data, shape, strides, [KEYS, dim], held)
+        self._spans_at = TensorDescriptor(pool.data, shape, strides, [keys, dim], held)
         self._kv_block, self._layers = layout.block_size, layout.layers
 
     def run(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor, scale: float
     ) -> None:
-        """As `ChunkAttention.run`, of a plan of tiles of ROWS rows. scale: in base 2."""
+        """As `ChunkAttention.run`, of a plan of tiles of 2 * HALF rows. scale: in base 2."""
         attend_specialized[(len(tiles) * self._kv_heads,)](
             query, self._spans_at, block_tables, tiles, context_lens, out, layer, scale, query.stride(0),
             block_tables.stride(0), out.stride(0), KV_HEADS=self._kv_heads, GROUP=query.shape[1] // self._kv_heads,
-            DIM=self._dim, KV_BLOCK=self._kv_block, LAYERS=self._layers, KEYS=KEYS, STAGES=STAGES, num_warps=4,
+            DIM=self._dim, KV_BLOCK=self._kv_block, LAYERS=self._layers, KEYS=self._keys, STAGES=self._stages, num_warps=4,
         )  # fmt: skip

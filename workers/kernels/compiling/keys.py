@@ -10,10 +10,12 @@ from typing import Any
 import triton
 from triton.runtime import jit
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
 
 def settle() -> None:
     """From now on. Before the first key is made."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) or hasattr(jit.DependenciesFinder, "settled"):
+    if VERSION >= (3, 9) or hasattr(jit.DependenciesFinder, "settled"):
         return
     finder: Any = jit.DependenciesFinder
     finder.settled = True

@@ -15,10 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Added, Routing
-from workers.kernels.launch import copies_tiles, enter
+from workers.kernels.launch import ALIGNED_BYTES, copies_tiles, enter
 
 LEAST_PLACES = 128  # of a tile
-ALIGNED_BYTES = 16  # of a row, for the copy engine
 
 
 @dataclass(frozen=True, slots=True)

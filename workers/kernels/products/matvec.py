@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from workers.kernels.launch import copies_tiles, fitting_stages, interpreted
+from workers.kernels.launch import ALIGNED_BYTES, copies_tiles, fitting_stages, interpreted
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles, in_fours
 from workers.kernels.products.fp8_tiles import fp8_tiles
@@ -39,8 +39,6 @@ from workers.kernels.products.widen import ONE
 from workers.kernels.reduced import BLOCK, Reduced
 from workers.kernels.rows.norm import rms_norm, rounded_norm
 from workers.kernels.rows.rounding import rounded
-
-ALIGNED_BYTES = 16  # of a row, for the copy engine
 
 
 def matvec(
@@ -153,15 +151,12 @@ class _Product:
 
     def tiles(self, weight: Tensor | Reduced) -> None:
         values, scales, bits, group = weight, self.x, 16, 0
-        described = None, None
-        if isinstance(weight, Tensor):
-            described = self._described(weight)
-        else:
+        if isinstance(weight, Reduced):
             values, scales, bits, group = weight.values, weight.scales, weight.bits, _group(weight)
         assert isinstance(values, Tensor)
         tiles[(self._tiles * self.config.parts,)](
-            self.x, values, *described, self._or_any(self.bias), self.out, scales, *self._norms, *self._sums(), len(self.x),
-            self.x.stride(0), values.stride(0), self.out.stride(0), self._eps, BITS=bits, GROUP=group, **self._cut,
+            self.x, values, *self._described(weight), self._or_any(self.bias), self.out, scales, *self._norms, *self._sums(),
+            len(self.x), self.x.stride(0), values.stride(0), self.out.stride(0), self._eps, BITS=bits, GROUP=group, **self._cut,
             **self._split(bits), **self._left, **self._early,
         )  # fmt: skip
 
@@ -189,10 +184,12 @@ class _Product:
             WIDE=interpreted(), **cut, **self._split(8), **self._early,
         )  # fmt: skip
 
-    def _described(self, weight: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    def _described(self, weight: Tensor | Reduced) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
         """Of x and W in tiles, where the copy engine brings them: none where there is none, or rows lie where it cannot."""
-        config, both = self.config, (self.x, weight)
-        if not config.described or not copies_tiles(weight.device) or any(_strays(each) for each in both):
+        config = self.config
+        if not config.described or isinstance(weight, Reduced) or not copies_tiles(self.x.device):
+            return None, None
+        if _strays(self.x) or _strays(weight):
             return None, None
         return (
             TensorDescriptor.from_tensor(self.x, [self._padded, config.columns]),

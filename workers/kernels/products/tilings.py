@@ -77,14 +77,14 @@ def _sixteen_bits(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool,
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if dtype == torch.float32 or tokens > (MOST_TOKENS if small and bits == 16 else MAX_TOKENS):
         return None
+    if not small and n > MOST_OUTPUTS * k:
+        return None
     if tokens <= FEW_OF_TILES:
         return _of_few(n, k, tokens, swiglu, small)
     if small:
         return _small_deep(n, k, tokens) if n <= k else _small_gated(n, k, tokens) if swiglu else _small_wide(n, k, tokens)
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
         return _among(n, k, Tiling(64, 128, 4, 6, described=True), FEW_DEEP_PROGRAMS)
-    if n > MOST_OUTPUTS * k:
-        return None
     tile = Tiling(64, 64, 4, 4, described=True) if swiglu else Tiling(64, 128, 4, 6, described=True)
     return _among(n, k, tile, WIDE_PROGRAMS)
 
@@ -99,8 +99,6 @@ def _of_few(n: int, k: int, tokens: int, swiglu: bool, small: bool) -> Tiling | 
     if small and not swiglu:
         few = tokens <= FEW_OF_TILES // 2
         return _among(n, k, Tiling(64, 64, 4, 8) if few else Tiling(64, 128, 4, 4), WIDE_PROGRAMS if few else 2 * WIDE_PROGRAMS)
-    if n > MOST_OUTPUTS * k and not small:
-        return None
     tile = Tiling(32, 128, 4, 6) if small else Tiling(64, 64, 4, 4) if swiglu else Tiling(64, 128, 4, 6)
     return _among(n, k, tile, WIDE_PROGRAMS)
 

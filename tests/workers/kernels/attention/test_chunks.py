@@ -90,11 +90,12 @@ def test_more_sequences_than_one_look(dtype: str, device: str) -> None:
     check(make_problem(make_step(queries, [count + 3 for count in queries], 16), layout, heads=2, device=device), SMALL)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("group", [1, 2, 8, 64])
 @pytest.mark.parametrize("block", [128, 256])
-def test_warps_that_copy_and_warps_that_compute(dtype: str, group: int, block: int) -> None:
+def test_warps_that_copy_and_warps_that_compute_cuda(dtype: str, group: int, block: int) -> None:
     """Chunks that begin and end anywhere in a span; one whose second half of a tile has no row; tiles that are none."""
     if not has_warpgroups(torch.device("cuda")):
         pytest.skip("of Hopper alone")
@@ -105,8 +106,9 @@ def test_warps_that_copy_and_warps_that_compute(dtype: str, group: int, block: i
     check(problem)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_heads_that_are_not_as_the_pool_names_them() -> None:
+def test_heads_that_are_not_as_the_pool_names_them_cuda() -> None:
     """Two KV heads of 128 in the rows of one of 256: as layers of another shape have them."""
     if not has_warpgroups(torch.device("cuda")):
         pytest.skip("of Hopper alone")
