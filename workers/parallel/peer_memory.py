@@ -1,8 +1,8 @@
-"""Device memory of one host's GPUs that every rank of a group reads and writes: what `kernels.reduce` sums through.
+"""Device memory of one host's GPUs that every rank of a group reads and writes: what `kernels.rows` sums and gathers through.
 
 torch's symmetric memory maps it (NVLink or PCIe between two GPUs that reach each other); its own collectives are not used, and
 NVLink multicast, which other users of a host suffer from, stays off. Not every host has it: `open_peers` says why not.
-Imports torch and `kernels.reduce`.
+Imports torch and those kernels.
 """
 
 import os
@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
-from workers.kernels.rows.reduce import Peers, sum_rows, takes
+from workers.kernels.rows.gather import gather
+from workers.kernels.rows.peers import Peers
+from workers.kernels.rows.reduce import sum_all
 
 ROWS, ROW_BYTES = 128, 32 << 10
-"""Room for decodes of so many sequences, of hidden sizes up to 16,384 in 16 bits. Larger sums are NCCL's: they are bound by the
-links, not by launches and meetings."""
+"""Room for decodes of so many sequences, of hidden sizes up to 16,384 in 16 bits."""
+
+MOST_BYTES = 4 * ROWS * ROW_BYTES
+"""Of a rank's part. What is larger is NCCL's, where there is NCCL: it is bound by the links, not by launches and meetings."""
 
 GROUP = "manta-peers"
 SETTINGS = {
@@ -48,13 +52,18 @@ class PeerMemory:
             torch.zeros(ROWS, dtype=torch.int32, device=device), self._given_up.data_ptr(),
         )  # fmt: skip
 
-    def all_reduce(self, tensor: Tensor) -> bool:
-        """Sums it in place, on the current stream, and says so; False where it has no room here."""
-        rows = tensor.view(-1, tensor.shape[-1]) if tensor.dim() and tensor.is_contiguous() else tensor
-        if not tensor.is_floating_point() or not takes(self.peers, rows):
-            return False
-        sum_rows(self.peers, rows)
-        return True
+    def pays(self, tensor: Tensor) -> bool:
+        """Whether this is faster than NCCL."""
+        return tensor.nbytes <= MOST_BYTES
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Of floating point and contiguous: summed in place, on the current stream."""
+        sum_all(self.peers, tensor)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[...] on each rank -> [size, ...] on every rank, on the current stream."""
+        return gather(self.peers, tensor.contiguous())
 
     def give_up(self) -> None:
         """Nobody is waited for any more, by kernels that run either. Callable from any thread."""
