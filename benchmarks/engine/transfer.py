@@ -4,7 +4,7 @@ A transfer's rate counts from the command to the last `Moved`, both sides' threa
 decodes; movements go to it as commands, the next one when the last is over. Rounds of all ways are interleaved.
 
     python -m benchmarks.engine.transfer --shape 0.1B --blocks 32 --threads 1      # CPU: in process, sockets, gloo, host tier
-    python -m benchmarks.engine.transfer --shape 0.6B --blocks 64 --device cuda    # one GPU: in process, host tier; two: NCCL
+    python -m benchmarks.engine.transfer --shape 0.6B --blocks 64 --device cuda    # one GPU; two: NCCL, too
 
 May import `kvcache`, `scheduler` and `workers`.
 """
@@ -35,9 +35,10 @@ from scheduler.protocol.sampling import SamplingParams
 from workers.config import WorkerConfig
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mapped import DeviceMemory, MappedWire
 from workers.moving.mover import BlockMover, Transport
 from workers.moving.pairs import PairWire
-from workers.moving.transport import SocketTransport, SocketWire
+from workers.moving.transport import SocketTransport, SocketWire, Wire
 from workers.parallel.in_process import Solo
 from workers.process.build import build_rank
 
@@ -76,8 +77,11 @@ class Side:
 
 
 def make_transport(kind: str, pool: KVPool, group: int) -> SocketTransport:
-    wire = SocketWire() if kind == "sockets" else PairWire(pool.device)
-    return SocketTransport(wire, host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0)
+    wires: dict[str, Callable[[], Wire]] = {
+        "sockets": SocketWire, "gloo": lambda: PairWire(pool.device), "NCCL": lambda: PairWire(pool.device),
+        "mapped": lambda: MappedWire(PairWire(pool.device), DeviceMemory(pool.device)),
+    }  # fmt: skip
+    return SocketTransport(wires[kind](), host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0)
 
 
 def ids(blocks: Sequence[int]) -> bytes:
@@ -151,7 +155,7 @@ def ways(layout: BlockLayout, blocks: int, device: str, stack: ExitStack) -> dic
     for kind in between_processes(device):
         side = Side(pool, None, make_transport(kind, pool, HERE), HERE)
         stack.callback(side.mover.close)
-        pipe, _ = stack.enter_context(other_rank(kind, layout, blocks, "cuda:1" if device != "cpu" else "cpu"))
+        pipe, _ = stack.enter_context(other_rank(kind, layout, blocks, other_device(device)))
         result[f"between processes, {kind}"] = partial(_between, side, pipe, every)
     return result
 
@@ -159,7 +163,12 @@ def ways(layout: BlockLayout, blocks: int, device: str, stack: ExitStack) -> dic
 def between_processes(device: str) -> tuple[str, ...]:
     if device == "cpu":
         return ("sockets", "gloo")
-    return ("NCCL",) if torch.cuda.device_count() > 1 else ()
+    return ("mapped", "NCCL") if torch.cuda.device_count() > 1 else ("mapped",)
+
+
+def other_device(device: str) -> str:
+    """Of the other rank: a GPU of its own where there is one."""
+    return device if device == "cpu" or torch.cuda.device_count() < 2 else "cuda:1"
 
 
 def _between(side: Side, pipe: Pipe, blocks: bytes, number: int) -> None:
@@ -189,7 +198,7 @@ def measure_rates(layout: BlockLayout, blocks: int, device: str, rounds: int) ->
 class Loop:
     """A rank that decodes `SEQUENCES` sequences for ever, its mover beside it."""
 
-    def __init__(self, options: argparse.Namespace, layout: BlockLayout) -> None:
+    def __init__(self, options: argparse.Namespace, layout: BlockLayout, kind: str) -> None:
         per_sequence = layout.blocks_for(options.max_model_len)
         self.first = SEQUENCES * per_sequence  # blocks from here on are moved
         self.options = options
@@ -202,7 +211,6 @@ class Loop:
         built = build_rank(config, resolve(config, options.device, options.threads), Solo())
         assert built.sizes.blocks == self.first + options.blocks
         self.rank: Rank = built.rank
-        kind = "sockets" if options.device == "cpu" else "NCCL"
         self.side = Side(built.pool, built.host, make_transport(kind, built.pool, HERE), HERE)
         self.rank.mover = self.side.mover
         self.kind = kind
@@ -246,8 +254,8 @@ class Loop:
         return times, ended
 
 
-def measure_steps(options: argparse.Namespace, layout: BlockLayout) -> list[Row]:
-    loop = Loop(options, layout)
+def measure_steps(options: argparse.Namespace, layout: BlockLayout, kind: str) -> list[Row]:
+    loop = Loop(options, layout, kind)
     moved, whole = ids(range(loop.first, loop.first + options.blocks)), ids(range(options.blocks))
     numbers = iter(range(10**9))
     with ExitStack() as stack:
@@ -257,9 +265,8 @@ def measure_steps(options: argparse.Namespace, layout: BlockLayout) -> list[Row]
             "to host memory": (lambda: Offload(next(numbers), moved, whole), lambda: None),
             "from host memory": (lambda: Load(next(numbers), whole, moved), lambda: None),
         }
-        if options.device == "cpu" or torch.cuda.device_count() > 1:
-            device = "cuda:1" if options.device != "cpu" else "cpu"
-            pipe, address = stack.enter_context(other_rank(loop.kind, layout, options.blocks, device))
+        if options.device == "cpu" or torch.cuda.device_count() > 1:  # two processes take turns on one
+            pipe, address = stack.enter_context(other_rank(loop.kind, layout, options.blocks, other_device(options.device)))
 
             def send() -> Movement:
                 number = next(numbers)
@@ -303,7 +310,7 @@ def main() -> None:
     print(f"{options.shape}, {options.dtype}, {options.blocks} blocks of {layout.block_bytes / 1e6:.3g} MB, {options.device}")
     rates = measure_rates(layout, options.blocks, options.device, options.rounds)
     print(table(["way", "MB/s"], [[row.way, str(row.mb_s)] for row in rates]))
-    steps = measure_steps(options, layout) if options.steps else []
+    steps = measure_steps(options, layout, between_processes(options.device)[0]) if options.steps else []
     if steps:
         print(f"\n{SEQUENCES} sequences decode meanwhile, {options.threads} thread(s)")
         print(table(["meanwhile", "ms a step", "MB/s"], [[row.way, str(row.step_ms), str(row.mb_s)] for row in steps]))
