@@ -45,7 +45,6 @@ from workers.process.build import build_rank
 TOKEN = "benchmark"
 HERE, THERE = 0, 1
 PROMPT_TOKENS = 200
-SEQUENCES = 4
 PATIENCE_S = 120.0
 
 
@@ -196,17 +195,19 @@ def measure_rates(layout: BlockLayout, blocks: int, device: str, rounds: int) ->
 
 
 class Loop:
-    """A rank that decodes `SEQUENCES` sequences for ever, its mover beside it."""
+    """A rank that decodes `--sequences` sequences for ever, its mover beside it."""
 
     def __init__(self, options: argparse.Namespace, layout: BlockLayout, kind: str) -> None:
         per_sequence = layout.blocks_for(options.max_model_len)
-        self.first = SEQUENCES * per_sequence  # blocks from here on are moved
+        self.first = options.sequences * per_sequence  # blocks from here on are moved
         self.options = options
+        scratch = options.device != "cpu"  # a GPU's graphs have a block that nobody is granted
         config = WorkerConfig(
             model=str(ensure_checkpoint(options.shape, options.cache)), dtype=options.dtype, block_size=options.block_size,
-            kv_memory=(self.first + options.blocks) * layout.block_bytes,
+            kv_memory=(self.first + options.blocks + scratch) * layout.block_bytes,
             host_kv_memory=options.blocks * layout.block_bytes,
-            max_num_seqs=SEQUENCES + -(-options.blocks // per_sequence), max_model_len=options.max_model_len, report_steps=1,
+            max_num_seqs=options.sequences + -(-options.blocks // per_sequence), max_model_len=options.max_model_len,
+            report_steps=1,
         )  # fmt: skip
         built = build_rank(config, resolve(config, options.device, options.threads), Solo())
         assert built.sizes.blocks == self.first + options.blocks
@@ -223,13 +224,13 @@ class Loop:
         params = SamplingParams(max_tokens=self.options.max_model_len - PROMPT_TOKENS, temperature=0.0)
         return [
             Start(
-                lease=LeaseId(self._serial * SEQUENCES + row << ROW_BITS | row),
+                lease=LeaseId(self._serial * self.options.sequences + row << ROW_BITS | row),
                 tokens=np.random.default_rng(row).integers(0, 500, PROMPT_TOKENS).astype(np.int32).tobytes(),
                 prompt_tokens=PROMPT_TOKENS, cached_tokens=0, params=params, seed=row, choice=0, stop_ids=(),
                 max_tokens=self.options.max_model_len - PROMPT_TOKENS,
                 blocks=ids(range(row * self._per_sequence, (row + 1) * self._per_sequence)),
             )
-            for row in range(SEQUENCES)
+            for row in range(self.options.sequences)
         ]  # fmt: skip
 
     def window(self, steps: int, begin: Callable[[], Movement | None], over: Callable[[], None]) -> tuple[list[float], int]:
@@ -299,6 +300,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="in each transfer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the rank that steps, on a CPU")
+    parser.add_argument("--sequences", type=int, default=4, help="that decode while blocks move")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="in each window of the step loop; 0 leaves it out")
     parser.add_argument("--max-model-len", type=int, default=1024)
@@ -312,7 +314,7 @@ def main() -> None:
     print(table(["way", "MB/s"], [[row.way, str(row.mb_s)] for row in rates]))
     steps = measure_steps(options, layout, between_processes(options.device)[0]) if options.steps else []
     if steps:
-        print(f"\n{SEQUENCES} sequences decode meanwhile, {options.threads} thread(s)")
+        print(f"\n{options.sequences} sequences decode meanwhile, {options.threads} thread(s)")
         print(table(["meanwhile", "ms a step", "MB/s"], [[row.way, str(row.step_ms), str(row.mb_s)] for row in steps]))
     if options.json:
         print(json.dumps({"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]}))
