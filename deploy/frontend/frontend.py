@@ -37,8 +37,8 @@ LOT_TOKENS = 8192
 """Of the prompts that the engine is told at once: a call with many begins to be computed while the rest is on its way."""
 
 BETWEEN_LOTS_S = 50e-6
-"""For the thread that writes to the scheduler: Python's lock would be its own only when whoever reads the next lot has had it for
-5 ms, or happens to let go of it."""
+"""For the thread that writes to the scheduler: else it gets Python's lock when whoever reads the next lot has had it for 5 ms,
+or happens to let go of it."""
 
 
 class FrontEnd:
