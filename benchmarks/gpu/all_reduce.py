@@ -159,7 +159,7 @@ class Streams:
 
         self._parts, parts = each(2 * ROWS * ROW_BYTES, torch.uint8)
         self._sums, sums = each(2 * ROWS * ROW_BYTES, torch.uint8)
-        self._words, words = each(ROWS * 2 * size, torch.int32)
+        self._words, words = each(ROWS * size, torch.int32)
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self.peers = [
             Peers(rank, size, ROWS, ROW_BYTES, parts, sums, words, torch.zeros(ROWS, dtype=torch.int32, device="cuda"),

@@ -28,14 +28,14 @@ def _gather_piece(x, out, parts, words, turns, given_up, rank, rows, row_numbers
     kind: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BLOCK)
     inside = (at < each) & (piece * each + at < numbers)
-    turn = tl.load(turns + piece) + 1
-    place = ((turn & 1).to(tl.int64) * rows + piece) * row_numbers
+    turn = tl.load(turns + piece) + 2
+    place = (((turn >> 1) & 1).to(tl.int64) * rows + piece) * row_numbers
     mine = tl.load(x + piece * each + at, mask=inside, other=0)
     tl.store(tl.load(parts + rank).to(tl.pointer_type(kind)) + place + at, mine, mask=inside)
-    meet(words, piece, 0, rank, turn, given_up.to(tl.pointer_type(tl.int32)), RANKS, TRIES)
+    meet(words, piece, rank, turn, given_up.to(tl.pointer_type(tl.int32)), RANKS, TRIES)
     for peer in tl.static_range(RANKS):
         source = tl.load(parts + peer).to(tl.pointer_type(kind)) + place
-        theirs = tl.load(source + at, mask=inside, other=0, volatile=True)
+        theirs = tl.load(source + at, mask=inside, other=0, cache_modifier=".cg")
         tl.store(out + peer * numbers + piece * each + at, theirs, mask=inside)
     tl.store(turns + piece, turn)
 

@@ -3,7 +3,8 @@
 Every program of a launch has a place of its own on all ranks, and two in turn, so that one meeting is enough: who has come to
 turn n + 1 has read what was there at turn n, whose place is used again at n + 2. Turns are counted on the device, so a launch
 may stand in a CUDA graph, and by place, so launches of several kinds and sizes may follow one another; all ranks launch the
-same ones.
+same ones. A launch is two turns, whether it meets once or twice: a word that a meeting left out did not write would be taken
+for a later one when the count has run over.
 
 Imports torch and triton. Runs on CUDA, or on memory that processes share under Triton's interpreter.
 """
@@ -22,7 +23,7 @@ TRIES = 4096
 class Peers:
     """What a rank's kernels need to meet the others. Addresses are this process's own, of its device's or its peers' memory.
 
-    parts, sums: [size] int64, of each rank's [2, rows, row_bytes]; words: [size] int64, of each rank's [rows, 2, size] int32,
+    parts, sums: [size] int64, of each rank's [2, rows, row_bytes]; words: [size] int64, of each rank's [rows, size] int32,
     zero at first. turns: [rows] int32, zero at first, this rank's. given_up: address of an int32 that the host sets where
     nobody is to be waited for any more; what a sum is then is not known.
     """
@@ -39,11 +40,11 @@ class Peers:
 
 
 @triton.jit
-def meet(words, row, phase, rank, turn, given_up, RANKS: tl.constexpr, TRIES: tl.constexpr):
+def meet(words, row, rank, turn, given_up, RANKS: tl.constexpr, TRIES: tl.constexpr):
     """Says to the row's program on each rank that this one has come to `turn`, and waits until each has said so. What was
     written before is seen by all after it."""
     tl.debug_barrier()  # the stores of the program's other threads come before what one of them says
-    place = (row * 2 + phase) * RANKS
+    place = row * RANKS
     for peer in tl.static_range(RANKS):
         word = tl.load(words + peer).to(tl.pointer_type(tl.int32)) + place + rank
         tl.atomic_xchg(word, turn, sem="release", scope="sys")

@@ -32,30 +32,30 @@ def _sum_row(x, out, hidden, weight, parts, sums, words, turns, given_up, x_stri
     kind: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
-    turn = tl.load(turns + row) + 1
-    place = ((turn & 1).to(tl.int64) * rows + row) * row_numbers
+    turn = tl.load(turns + row) + 2
+    place = (((turn >> 1) & 1).to(tl.int64) * rows + row) * row_numbers
     flag = given_up.to(tl.pointer_type(tl.int32))
     mine = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
     tl.store(tl.load(parts + rank).to(tl.pointer_type(kind)) + place + at, mine, mask=inside)
-    meet(words, row, 0, rank, turn, flag, RANKS, TRIES)
+    meet(words, row, rank, turn, flag, RANKS, TRIES)
     if TWO_SHOT:
         share_at = rank * SHARE + tl.arange(0, SHARE_BLOCK)
         shared = (tl.arange(0, SHARE_BLOCK) < SHARE) & (share_at < WIDTH)
         part = tl.zeros((SHARE_BLOCK,), dtype=tl.float32)
         for peer in tl.static_range(RANKS):
             source = tl.load(parts + peer).to(tl.pointer_type(kind)) + place
-            part += tl.load(source + share_at, mask=shared, other=0.0, volatile=True).to(tl.float32)
+            part += tl.load(source + share_at, mask=shared, other=0.0, cache_modifier=".cg").to(tl.float32)
         for peer in tl.static_range(RANKS):
             target = tl.load(sums + peer).to(tl.pointer_type(kind)) + place
             tl.store(target + share_at, part.to(kind), mask=shared)
-        meet(words, row, 1, rank, turn, flag, RANKS, TRIES)
+        meet(words, row, rank, turn + 1, flag, RANKS, TRIES)
         own = tl.load(sums + rank).to(tl.pointer_type(kind)) + place
-        total = tl.load(own + at, mask=inside, other=0.0, volatile=True)
+        total = tl.load(own + at, mask=inside, other=0.0, cache_modifier=".cg")
     else:
         wide = tl.zeros((BLOCK,), dtype=tl.float32)
         for peer in tl.static_range(RANKS):
             source = tl.load(parts + peer).to(tl.pointer_type(kind)) + place
-            wide += tl.load(source + at, mask=inside, other=0.0, volatile=True).to(tl.float32)
+            wide += tl.load(source + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         total = wide.to(kind)
     tl.store(turns + row, turn)
     if NORM:

@@ -45,7 +45,7 @@ class Memory:
         places = (2 * ROWS * ROW_BYTES,)
         tensors = (
             torch.full(places, 255, dtype=torch.uint8), torch.full(places, 255, dtype=torch.uint8),  # NaN, whatever the dtype
-            torch.full((ROWS, 2, size), first, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
+            torch.full((ROWS, size), first, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
         )  # fmt: skip
         return cls(*(tensor.share_memory_() for tensor in tensors))  # type: ignore[no-untyped-call]
 
