@@ -4,7 +4,7 @@ A transfer's rate counts from the command to the last `Moved`, both sides' threa
 decodes; movements go to it as commands, the next one when the last is over. Rounds of all ways are interleaved.
 
     python -m benchmarks.engine.transfer --shape 0.1B --blocks 32 --threads 1      # CPU: in process, sockets, gloo, host tier
-    python -m benchmarks.engine.transfer --shape 0.6B --blocks 64 --device cuda    # one GPU: in process, host tier; two: NCCL
+    python -m benchmarks.engine.transfer --shape 0.6B --blocks 64 --device cuda    # one GPU; two: NCCL, too
 
 May import `kvcache`, `scheduler` and `workers`.
 """
@@ -35,16 +35,16 @@ from scheduler.protocol.sampling import SamplingParams
 from workers.config import WorkerConfig
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mapped import DeviceMemory, MappedWire
 from workers.moving.mover import BlockMover, Transport
 from workers.moving.pairs import PairWire
-from workers.moving.transport import SocketTransport, SocketWire
+from workers.moving.transport import SocketTransport, SocketWire, Wire
 from workers.parallel.in_process import Solo
 from workers.process.build import build_rank
 
 TOKEN = "benchmark"
 HERE, THERE = 0, 1
 PROMPT_TOKENS = 200
-SEQUENCES = 4
 PATIENCE_S = 120.0
 
 
@@ -76,8 +76,11 @@ class Side:
 
 
 def make_transport(kind: str, pool: KVPool, group: int) -> SocketTransport:
-    wire = SocketWire() if kind == "sockets" else PairWire(pool.device)
-    return SocketTransport(wire, host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0)
+    wires: dict[str, Callable[[], Wire]] = {
+        "sockets": SocketWire, "gloo": lambda: PairWire(pool.device), "NCCL": lambda: PairWire(pool.device),
+        "mapped": lambda: MappedWire(PairWire(pool.device), DeviceMemory(pool.device)),
+    }  # fmt: skip
+    return SocketTransport(wires[kind](), host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0)
 
 
 def ids(blocks: Sequence[int]) -> bytes:
@@ -151,7 +154,7 @@ def ways(layout: BlockLayout, blocks: int, device: str, stack: ExitStack) -> dic
     for kind in between_processes(device):
         side = Side(pool, None, make_transport(kind, pool, HERE), HERE)
         stack.callback(side.mover.close)
-        pipe, _ = stack.enter_context(other_rank(kind, layout, blocks, "cuda:1" if device != "cpu" else "cpu"))
+        pipe, _ = stack.enter_context(other_rank(kind, layout, blocks, other_device(device)))
         result[f"between processes, {kind}"] = partial(_between, side, pipe, every)
     return result
 
@@ -159,7 +162,12 @@ def ways(layout: BlockLayout, blocks: int, device: str, stack: ExitStack) -> dic
 def between_processes(device: str) -> tuple[str, ...]:
     if device == "cpu":
         return ("sockets", "gloo")
-    return ("NCCL",) if torch.cuda.device_count() > 1 else ()
+    return ("mapped", "NCCL") if torch.cuda.device_count() > 1 else ("mapped",)
+
+
+def other_device(device: str) -> str:
+    """Of the other rank: a GPU of its own where there is one."""
+    return device if device == "cpu" or torch.cuda.device_count() < 2 else "cuda:1"
 
 
 def _between(side: Side, pipe: Pipe, blocks: bytes, number: int) -> None:
@@ -187,22 +195,23 @@ def measure_rates(layout: BlockLayout, blocks: int, device: str, rounds: int) ->
 
 
 class Loop:
-    """A rank that decodes `SEQUENCES` sequences for ever, its mover beside it."""
+    """A rank that decodes `--sequences` sequences for ever, its mover beside it."""
 
-    def __init__(self, options: argparse.Namespace, layout: BlockLayout) -> None:
+    def __init__(self, options: argparse.Namespace, layout: BlockLayout, kind: str) -> None:
         per_sequence = layout.blocks_for(options.max_model_len)
-        self.first = SEQUENCES * per_sequence  # blocks from here on are moved
+        self.first = options.sequences * per_sequence  # blocks from here on are moved
         self.options = options
+        scratch = options.device != "cpu"  # a GPU's graphs have a block that nobody is granted
         config = WorkerConfig(
             model=str(ensure_checkpoint(options.shape, options.cache)), dtype=options.dtype, block_size=options.block_size,
-            kv_memory=(self.first + options.blocks) * layout.block_bytes,
+            kv_memory=(self.first + options.blocks + scratch) * layout.block_bytes,
             host_kv_memory=options.blocks * layout.block_bytes,
-            max_num_seqs=SEQUENCES + -(-options.blocks // per_sequence), max_model_len=options.max_model_len, report_steps=1,
+            max_num_seqs=options.sequences + -(-options.blocks // per_sequence), max_model_len=options.max_model_len,
+            report_steps=1,
         )  # fmt: skip
         built = build_rank(config, resolve(config, options.device, options.threads), Solo())
         assert built.sizes.blocks == self.first + options.blocks
         self.rank: Rank = built.rank
-        kind = "sockets" if options.device == "cpu" else "NCCL"
         self.side = Side(built.pool, built.host, make_transport(kind, built.pool, HERE), HERE)
         self.rank.mover = self.side.mover
         self.kind = kind
@@ -215,13 +224,13 @@ class Loop:
         params = SamplingParams(max_tokens=self.options.max_model_len - PROMPT_TOKENS, temperature=0.0)
         return [
             Start(
-                lease=LeaseId(self._serial * SEQUENCES + row << ROW_BITS | row),
+                lease=LeaseId(self._serial * self.options.sequences + row << ROW_BITS | row),
                 tokens=np.random.default_rng(row).integers(0, 500, PROMPT_TOKENS).astype(np.int32).tobytes(),
                 prompt_tokens=PROMPT_TOKENS, cached_tokens=0, params=params, seed=row, choice=0, stop_ids=(),
                 max_tokens=self.options.max_model_len - PROMPT_TOKENS,
                 blocks=ids(range(row * self._per_sequence, (row + 1) * self._per_sequence)),
             )
-            for row in range(SEQUENCES)
+            for row in range(self.options.sequences)
         ]  # fmt: skip
 
     def window(self, steps: int, begin: Callable[[], Movement | None], over: Callable[[], None]) -> tuple[list[float], int]:
@@ -246,8 +255,8 @@ class Loop:
         return times, ended
 
 
-def measure_steps(options: argparse.Namespace, layout: BlockLayout) -> list[Row]:
-    loop = Loop(options, layout)
+def measure_steps(options: argparse.Namespace, layout: BlockLayout, kind: str) -> list[Row]:
+    loop = Loop(options, layout, kind)
     moved, whole = ids(range(loop.first, loop.first + options.blocks)), ids(range(options.blocks))
     numbers = iter(range(10**9))
     with ExitStack() as stack:
@@ -257,9 +266,8 @@ def measure_steps(options: argparse.Namespace, layout: BlockLayout) -> list[Row]
             "to host memory": (lambda: Offload(next(numbers), moved, whole), lambda: None),
             "from host memory": (lambda: Load(next(numbers), whole, moved), lambda: None),
         }
-        if options.device == "cpu" or torch.cuda.device_count() > 1:
-            device = "cuda:1" if options.device != "cpu" else "cpu"
-            pipe, address = stack.enter_context(other_rank(loop.kind, layout, options.blocks, device))
+        if options.device == "cpu" or torch.cuda.device_count() > 1:  # two processes take turns on one
+            pipe, address = stack.enter_context(other_rank(loop.kind, layout, options.blocks, other_device(options.device)))
 
             def send() -> Movement:
                 number = next(numbers)
@@ -292,6 +300,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="in each transfer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the rank that steps, on a CPU")
+    parser.add_argument("--sequences", type=int, default=4, help="that decode while blocks move")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="in each window of the step loop; 0 leaves it out")
     parser.add_argument("--max-model-len", type=int, default=1024)
@@ -303,9 +312,9 @@ def main() -> None:
     print(f"{options.shape}, {options.dtype}, {options.blocks} blocks of {layout.block_bytes / 1e6:.3g} MB, {options.device}")
     rates = measure_rates(layout, options.blocks, options.device, options.rounds)
     print(table(["way", "MB/s"], [[row.way, str(row.mb_s)] for row in rates]))
-    steps = measure_steps(options, layout) if options.steps else []
+    steps = measure_steps(options, layout, between_processes(options.device)[0]) if options.steps else []
     if steps:
-        print(f"\n{SEQUENCES} sequences decode meanwhile, {options.threads} thread(s)")
+        print(f"\n{options.sequences} sequences decode meanwhile, {options.threads} thread(s)")
         print(table(["meanwhile", "ms a step", "MB/s"], [[row.way, str(row.step_ms), str(row.mb_s)] for row in steps]))
     if options.json:
         print(json.dumps({"rates": [asdict(row) for row in rates], "steps": [asdict(row) for row in steps]}))

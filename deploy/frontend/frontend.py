@@ -36,6 +36,10 @@ GIVE_UP_POLL_S = 0.25
 LOT_TOKENS = 8192
 """Of the prompts that the engine is told at once: a call with many begins to be computed while the rest is on its way."""
 
+BETWEEN_LOTS_S = 50e-6
+"""For the thread that writes to the scheduler: else it gets Python's lock when whoever reads the next lot has had it for 5 ms,
+or happens to let go of it."""
+
 
 class FrontEnd:
     """The requests of this process on one engine. Every method may be called from any thread.
@@ -99,6 +103,8 @@ class FrontEnd:
                     generations += lot
                     self._begin(lot)
                     lot, tokens = [], 0
+                    if number < len(prompts) - 1:
+                        time.sleep(BETWEEN_LOTS_S)
         except BaseException:
             self.abort(generations)
             raise

@@ -2,7 +2,7 @@
 
     receiver ──connects──▶ sender
              ◀──handshake──▶          `scheduler.protocol.handshake`; the claim's opening is a `Fetch`: what is wanted
-             ◀──PairOffer──────           by which communicator
+             ◀──PairOffer──────           by which communicator, or by mapped memory
              ◀══ blocks ════           as the two have agreed: over this connection, or beside it
              ───Done───────▶
 
@@ -23,6 +23,7 @@ from workers.moving.lane import TransferFailed
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_FRAME_BYTES = 1 << 20
+MAPPED = -1
 _LENGTH = struct.Struct("<I")
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """group, epoch: the receiver's. of_group, of_epoch, rank: whom it wants to talk to. pair: the communicator that it has with
-    the sender, 0 for none."""
+    the sender, 0 for none. host: where it could map the sender's memory (`workers.host`), "" for nowhere."""
 
     transfer: int
     group: int
@@ -41,10 +42,11 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     blocks: int
     block_bytes: int
     pair: int
+    host: str = ""
 
 
 class PairOffer(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """pair: the communicator to use: the one that both have, or a new one."""
+    """pair: the communicator to use: the one that both have, or a new one. MAPPED: none, but the sender's own memory."""
 
     pair: int
 
@@ -54,6 +56,32 @@ class StoreEntry(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
     key: str
     value: bytes
+
+
+class SharedMemory(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """A stretch of a device's memory, as torch names it to other processes of the host (`workers.moving.mapped`)."""
+
+    handle: bytes
+    size: int
+    offset: int
+    counter: bytes
+    counter_at: int
+    event: bytes
+    waits: bool
+
+
+class Readable(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """The sender's blocks can be read in its pool. blocks: [n] int32. sample: what the first of them begins with."""
+
+    pool: SharedMemory
+    blocks: bytes
+    sample: bytes
+
+
+class Mapped(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Whether the receiver reads there; where it cannot, a PairOffer follows."""
+
+    ok: bool
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -86,7 +114,7 @@ class Connection:
 
     # ---- frames
 
-    def send(self, message: Challenge | Claim | Confirmed | PairOffer | StoreEntry | Done) -> None:
+    def send(self, message: Challenge | Claim | Confirmed | PairOffer | StoreEntry | Readable | Mapped | Done) -> None:
         self.send_bytes(memoryview(frame(message)))
 
     def receive(self, kind: type[T], most: int = MAX_FRAME_BYTES) -> T:

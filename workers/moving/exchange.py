@@ -6,7 +6,7 @@ from threading import Condition
 
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
-from workers.moving.side import copy_blocks
+from workers.moving.side import copy_rows
 
 
 @dataclass(eq=False, slots=True)
@@ -73,7 +73,7 @@ class LocalTransport:
             if len(offer.shard.blocks) != len(shard.blocks) or offer.shard.pool.layout != shard.pool.layout:
                 raise TransferFailed("the two sides do not agree on the blocks")
             with shard.side.after(shard.ready, offer.shard.ready):
-                copy_blocks(offer.shard.pool, offer.shard.blocks, shard.pool, shard.blocks, shard.abort)
+                copy_rows(offer.shard.pool.raw, offer.shard.blocks, shard.pool.raw, shard.blocks, shard.abort)
             shard.side.finish(self._timeout_s, shard.abort.check)
         except Exception as error:
             failure = f"the receiver failed: {error}"

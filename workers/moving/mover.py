@@ -16,7 +16,7 @@ import numpy as np
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Cut, Load, Moved, Movement, Offload, Receive, Send
 from workers.moving.lane import Lane, LaneAbort, TransferFailed
-from workers.moving.side import Ready, Side, copy_blocks
+from workers.moving.side import Ready, Side, copy_rows
 
 logger = logging.getLogger(__name__)
 
@@ -249,9 +249,9 @@ class BlockMover:
         try:
             with lane.side.after(ready):
                 if isinstance(command, Offload):
-                    copy_blocks(pool, blocks, host, host_blocks, lane.abort)
+                    copy_rows(pool.raw, blocks, host.raw, host_blocks, lane.abort)
                 else:
-                    copy_blocks(host, host_blocks, pool, blocks, lane.abort)
+                    copy_rows(host.raw, host_blocks, pool.raw, blocks, lane.abort)
         finally:
             lane.side.drain()  # also after an error: what is under way ends by itself, and soon
         return time.perf_counter() - began_s

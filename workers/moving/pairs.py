@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from workers.moving.connection import Connection, StoreEntry
+from workers.moving.connection import Connection, Fetch, StoreEntry
 from workers.moving.mover import TIMEOUT_S, Shard
 
 STAGE_BYTES = 64 << 20
@@ -105,14 +105,22 @@ class PairWire:
         self._made = 0
         self._lock = threading.Lock()
 
+    def host(self, shard: Shard) -> str:
+        del shard
+        return ""
+
     def standing(self, shard: Shard) -> int:
         pair = self._pairs.get((shard.group, shard.epoch, RECEIVER))
         return pair.number if pair is not None else 0
 
-    def agree(self, shard: Shard, theirs: int) -> int:
+    def agree(self, shard: Shard, fetch: Fetch) -> int:
         pair = self._pairs.get((shard.group, shard.epoch, SENDER))
-        if pair is not None and pair.number == theirs:
-            return theirs
+        if pair is not None and pair.number == fetch.pair:
+            return fetch.pair
+        return self.make()
+
+    def make(self) -> int:
+        """The number of a new pair."""
         with self._lock:
             self._made += 1
             return self._made

@@ -1,4 +1,4 @@
-"""Blocks off the stream of the steps: a stream of its own on a GPU, the calling thread on a CPU. Imports torch and the pool."""
+"""Blocks off the stream of the steps: a stream of its own on a GPU, the calling thread on a CPU. Imports torch."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from kvcache.pool import KVPool
 from workers.moving.lane import LaneAbort, TransferFailed
 
 POLL_S = 200e-6
@@ -68,18 +68,33 @@ class Side:
             self._stream.synchronize()
 
 
-def copy_blocks(source: KVPool, blocks: Sequence[int], target: KVPool, targets: Sequence[int], abort: LaneAbort) -> None:
-    """Whole blocks from pool to pool, in order; on a GPU launched on the current stream, not waited for.
+def copy_rows(source: Tensor, rows: Sequence[int], target: Tensor, targets: Sequence[int], abort: LaneAbort) -> None:
+    """Whole blocks from pool to pool, [blocks, block_bytes] each; on a GPU launched on the current stream, not waited for, and
+    those that follow one another on both sides by one copy.
 
     On a CPU by NumPy: it leaves Python's lock for the time of a block and starts no threads, as torch would for large copies.
-    Errors: TransferFailed between two blocks once `abort` is set.
+    Errors: TransferFailed between two copies once `abort` is set.
     """
     if source.device.type == target.device.type == "cpu":
-        read, write = source.raw.numpy(), target.raw.numpy()
-        for block, to in zip(blocks, targets, strict=True):
+        read, write = source.numpy(), target.numpy()
+        for row, to in zip(rows, targets, strict=True):
             abort.check()
-            np.copyto(write[to], read[block])
+            np.copyto(write[to], read[row])
         return
-    for block, to in zip(blocks, targets, strict=True):
+    for row, to, count in _stretches(rows, targets):
         abort.check()
-        target.raw[to].copy_(source.raw[block], non_blocking=True)
+        target[to : to + count].copy_(source[row : row + count], non_blocking=True)
+
+
+def _stretches(rows: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first row, first target, how many) that follow one another on both sides."""
+    first = to = count = 0
+    for row, target in zip(rows, targets, strict=True):
+        if count and (row, target) == (first + count, to + count):
+            count += 1
+            continue
+        if count:
+            yield first, to, count
+        first, to, count = row, target, 1
+    if count:
+        yield first, to, count

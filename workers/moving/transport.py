@@ -32,6 +32,7 @@ from scheduler.protocol.handshake import (
 from scheduler.protocol.wire import cut_after, listen
 from workers.moving.connection import Connection, Done, Fetch, PairOffer
 from workers.moving.lane import TransferFailed
+from workers.moving.mapped import DeviceMemory, MappedWire
 from workers.moving.mover import TIMEOUT_S, Shard
 from workers.moving.pairs import PairWire
 
@@ -46,11 +47,15 @@ class Wire(Protocol):
     pair: a number that names what the two ranks keep between transfers, such as a communicator; 0: nothing.
     """
 
+    def host(self, shard: Shard) -> str:
+        """Where this receiver could map the sender's memory; "" for nowhere."""
+        ...
+
     def standing(self, shard: Shard) -> int:
         """The pair that this receiver has with the sender."""
         ...
 
-    def agree(self, shard: Shard, theirs: int) -> int:
+    def agree(self, shard: Shard, fetch: Fetch) -> int:
         """The sender's choice, given what the receiver has."""
         ...
 
@@ -76,12 +81,16 @@ class SocketWire:
     interrupted nor told who may connect.
     """
 
+    def host(self, shard: Shard) -> str:
+        del shard
+        return ""
+
     def standing(self, shard: Shard) -> int:
         del shard
         return 0
 
-    def agree(self, shard: Shard, theirs: int) -> int:
-        del shard, theirs
+    def agree(self, shard: Shard, fetch: Fetch) -> int:
+        del shard, fetch
         return 0
 
     def send(self, connection: Connection, shard: Shard, pair: int) -> None:
@@ -133,7 +142,7 @@ class SocketTransport:
         with closing(connection), shard.abort.waking(connection.shut):
             if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), shard.pool.layout.block_bytes):
                 raise TransferFailed("the two sides do not agree on the blocks")
-            pair = self._wire.agree(shard, fetch.pair)
+            pair = self._wire.agree(shard, fetch)
             connection.send(PairOffer(pair))
             began_s = time.perf_counter()
             self._wire.send(connection, shard, pair)
@@ -146,7 +155,7 @@ class SocketTransport:
             group, epoch, rank = self._me
             fetch = Fetch(
                 shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.blocks),
-                shard.pool.layout.block_bytes, self._wire.standing(shard),
+                shard.pool.layout.block_bytes, self._wire.standing(shard), self._wire.host(shard),
             )  # fmt: skip
             try:
                 with cut_after(ANSWER_TIMEOUT_S, connection.shut):
@@ -263,7 +272,7 @@ def open_transport(
     device: torch.device, *, host: str, token: str, group: int, epoch: int, rank: int
 ) -> SocketTransport:  # fmt: skip
     """The transport of a rank, with the wire that suits its device."""
-    wire = PairWire(device) if device.type == "cuda" else SocketWire()
+    wire = MappedWire(PairWire(device), DeviceMemory(device)) if device.type == "cuda" else SocketWire()
     return SocketTransport(wire, host=host, token=token, group=group, epoch=epoch, rank=rank)
 
 

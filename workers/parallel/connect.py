@@ -10,7 +10,6 @@ import os
 import socket
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from workers.host import host_identity
 from workers.parallel import shared_memory
 from workers.parallel.communicator import JoinedGroup
 from workers.parallel.in_process import PeerLost, Solo, ThreadGroup, sum_in_rank_order
@@ -50,7 +50,7 @@ def connect(
         return Solo()
     try:
         store = _open_store(rank, size, address, timeout_s)
-        together = _same_host(rank, size, store, host or _host_identity())
+        together = _same_host(rank, size, store, host or host_identity())
         if device.type == "cpu" and together:
             group = _share_memory(rank, size, store, timeout_s)
             if group is not None:
@@ -167,15 +167,6 @@ def _open_store(rank: int, size: int, address: str, timeout_s: float) -> Store:
     return TCPStore(
         host, int(port), size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
-
-
-def _host_identity() -> str:
-    """Equal for two processes exactly if they can share memory: one running kernel, one set of process ids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
 
 
 def _exchange(rank: int, size: int, store: Store, key: str, value: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
@@ -236,7 +237,7 @@ def test_what_does_not_end_keeps_a_group_from_another_epoch(make: Make, monkeypa
     world, held = make("local"), threading.Event()
     here, there = world.site(1), world.site(2)
     monkeypatch.setattr(mover, "JOIN_S", 0.05)
-    monkeypatch.setattr(exchange, "copy_blocks", lambda *_: held.wait(PATIENCE_S))
+    monkeypatch.setattr(exchange, "copy_rows", lambda *_: held.wait(PATIENCE_S))
     here.send(1, there, [3])
     there.receive(1, here, [4])
     while not world.exchange.offers or not next(iter(world.exchange.offers.values())).taken:
@@ -275,12 +276,12 @@ def test_a_sender_that_withdraws_while_its_blocks_are_read_spoils_the_transfer(
     """Its blocks may be granted again once it has said that the transfer failed."""
     began, go_on = threading.Event(), threading.Event()
 
-    def slow(source: KVPool, blocks: list[int], target: KVPool, targets: list[int], abort: LaneAbort) -> None:
+    def slow(source: Tensor, blocks: list[int], target: Tensor, targets: list[int], abort: LaneAbort) -> None:
         began.set()
         assert go_on.wait(PATIENCE_S)
-        side.copy_blocks(source, blocks, target, targets, abort)
+        side.copy_rows(source, blocks, target, targets, abort)
 
-    monkeypatch.setattr(exchange, "copy_blocks", slow)
+    monkeypatch.setattr(exchange, "copy_rows", slow)
     world = make("local")
     here, there = world.site(1), world.site(2)
     here.send(1, there, [0])
