@@ -1,11 +1,15 @@
 """Sums over the GPUs of one host, by size: NCCL, and a kernel over their joined memory, alone and with what follows a product.
 
     python -m benchmarks.gpu.all_reduce --ranks 2 [--json]
+    python -m benchmarks.gpu.all_reduce --ranks 4 --one-device
 
 A process for each rank, which sees one GPU; bf16; times are of CUDA graphs of 100 calls one after another, the slowest rank's,
 in microseconds a call. `one` and `two` are one meeting and two; `norm` adds the residual and RMSNorm to NCCL's sum, a launch
-of its own, and `one + norm` is the one kernel. Before that each kernel's sum is compared with all parts added in rank order,
-bit by bit, and each rank's with the first one's.
+of its own, and `one + norm` is the one kernel; `gather` brings each rank what all have. Before that each kernel's sum is
+compared with all parts added in rank order, bit by bit, and each rank's with the first one's.
+
+--one-device: ranks that are streams of one process on one GPU, whose memory is their own: what the kernels take where no link
+lies between them. NCCL has no part in it.
 """
 
 import argparse
@@ -14,8 +18,9 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +31,11 @@ from benchmarks.shared.report import table
 SIZES = [(rows, width) for width in (1024, 4096, 8192) for rows in (1, 8, 32, 64, 128)]
 CALLS, ROUNDS = 100, 5
 EPS = 1e-6
-WAYS = ("nccl", "one", "two", "nccl + norm", "one + norm", "two + norm")
+OURS = ("one", "two", "one + norm", "two + norm", "gather")
+WAYS = ("nccl", *OURS[:2], "nccl + norm", *OURS[2:4], "nccl gather", OURS[4])
 
 Figures = dict[str, dict[str, float]]
+T = TypeVar("T")
 
 
 def measure_rank(rank: int, size: int, address: str, pipe: Any) -> None:
@@ -53,18 +60,29 @@ def measure_rank(rank: int, size: int, address: str, pipe: Any) -> None:
 
 def ways(comm: Any, rows: int, width: int) -> dict[str, Callable[[], object]]:
     from workers.kernels.rows.norm import add_rms_norm
+
+    x, hidden, weight = nothing(rows, width), numbers(-1, rows, width), numbers(-2, 1, width)[0]
+    everybody, nccl = x.new_empty(comm.size, rows, width), comm._group
+    of_nccl: dict[str, Callable[[], object]] = {
+        "nccl": lambda: nccl.allreduce([x]),
+        "nccl + norm": lambda: (nccl.allreduce([x]), add_rms_norm(hidden, x, weight, EPS)),
+        "nccl gather": lambda: nccl._allgather_base(everybody, x),
+    }
+    return of_nccl | kernels(comm.peers, rows, width)
+
+
+def kernels(peers: Any, rows: int, width: int) -> dict[str, Callable[[], object]]:
+    """`OURS` of one rank."""
+    from workers.kernels.rows.gather import gather
     from workers.kernels.rows.reduce import sum_add_rms_norm, sum_rows
 
-    x, hidden, weight = numbers(comm.rank, rows, width), numbers(-1, rows, width), numbers(-2, 1, width)[0]
-    x.mul_(0.0)  # summed again and again, in place
-    peers, nccl = comm.peers, comm._group
+    x, hidden, weight = nothing(rows, width), numbers(-1, rows, width), numbers(-2, 1, width)[0]
     return {
-        "nccl": lambda: nccl.allreduce([x]),
         "one": lambda: sum_rows(peers, x, two_shot=False),
         "two": lambda: sum_rows(peers, x, two_shot=True),
-        "nccl + norm": lambda: (nccl.allreduce([x]), add_rms_norm(hidden, x, weight, EPS)),
         "one + norm": lambda: sum_add_rms_norm(peers, x, hidden, weight, EPS, two_shot=False),
         "two + norm": lambda: sum_add_rms_norm(peers, x, hidden, weight, EPS, two_shot=True),
+        "gather": lambda: gather(peers, x),
     }
 
 
@@ -74,7 +92,8 @@ def check(comm: Any, rows: int, width: int) -> None:
     from workers.parallel.in_process import sum_in_rank_order
 
     mine = numbers(comm.rank, rows, width)
-    parts = list(comm.all_gather(mine).clone())
+    parts = _gathered(comm, mine)
+    assert torch.equal(comm.memory.all_gather(mine), torch.stack(parts))
     total = sum_in_rank_order(parts, torch.empty_like(mine))
     weight = numbers(-2, 1, width)[0]
     hidden = numbers(-1, rows, width)
@@ -84,8 +103,20 @@ def check(comm: Any, rows: int, width: int) -> None:
         ours = numbers(-1, rows, width)
         assert torch.equal(sum_add_rms_norm(comm.peers, mine, ours, weight, EPS, two_shot=two_shot), normed)
         assert torch.equal(ours, hidden)
-        everybody = comm.all_gather(ours)
+        everybody = _gathered(comm, ours)
         assert all(torch.equal(other, everybody[0]) for other in everybody), "the same bits on every rank"
+
+
+def _gathered(comm: Any, x: Tensor) -> list[Tensor]:
+    """By NCCL, against which the kernels are held."""
+    of_all = x.new_empty(comm.size, *x.shape)
+    comm._group._allgather_base(of_all, x).wait()
+    return list(of_all)
+
+
+def nothing(rows: int, width: int) -> Tensor:
+    """What may be summed again and again, in place."""
+    return torch.zeros(rows, width, device="cuda", dtype=torch.bfloat16)
 
 
 def numbers(seed: int, rows: int, width: int) -> Tensor:
@@ -115,17 +146,124 @@ def time_us(comm: Any, launch: Callable[[], object]) -> float:
     return float(slowest) / CALLS * 1e6
 
 
+class Streams:
+    """Ranks on one GPU. Each kernel is compiled and read before one of it waits: loading one may wait for the device."""
+
+    def __init__(self, size: int) -> None:
+        from workers.kernels.rows.peers import Peers
+        from workers.parallel.peer_memory import ROW_BYTES, ROWS
+
+        def each(numbers: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+            made = [torch.zeros(numbers, dtype=dtype, device="cuda") for _ in range(size)]
+            return made, torch.tensor([tensor.data_ptr() for tensor in made], device="cuda")
+
+        self._parts, parts = each(2 * ROWS * ROW_BYTES, torch.uint8)
+        self._sums, sums = each(2 * ROWS * ROW_BYTES, torch.uint8)
+        self._words, words = each(ROWS * size, torch.int32)
+        self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self.peers = [
+            Peers(rank, size, ROWS, ROW_BYTES, parts, sums, words, torch.zeros(ROWS, dtype=torch.int32, device="cuda"),
+                  self._given_up.data_ptr()) for rank in range(size)
+        ]  # fmt: skip
+        self._streams = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
+
+    def run(self, launches: list[Callable[[], T]]) -> list[T]:
+        """One of each rank, at the same time, after one of each by itself."""
+        self._given_up.fill_(1)
+        for launch in launches:
+            launch()
+            torch.cuda.synchronize()
+        self._given_up.fill_(0)
+        for tensor in (*self._words, *(peers.turns for peers in self.peers)):
+            tensor.zero_()
+        torch.cuda.synchronize()
+        told = []
+        for stream, launch in zip(self._streams, launches, strict=True):
+            with torch.cuda.stream(stream):
+                told.append(launch())
+        torch.cuda.synchronize()
+        return told
+
+    def time_us(self, launches: list[Callable[[], object]]) -> float:
+        graphs = []
+        for stream, launch in zip(self._streams, launches, strict=True):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=stream):
+                for _ in range(CALLS):
+                    launch()
+        best = float("inf")
+        for _ in range(ROUNDS):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for stream, graph in zip(self._streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - begun)
+        return best / CALLS * 1e6
+
+
+def measure_streams(size: int) -> Figures:
+    from workers.kernels.rows.gather import gather
+    from workers.kernels.rows.norm import add_rms_norm
+    from workers.parallel.in_process import sum_in_rank_order
+
+    streams, figures = Streams(size), Figures()
+    for rows, width in SIZES:
+        parts = [numbers(rank, rows, width) for rank in range(size)]
+        total = sum_in_rank_order(parts, torch.empty_like(parts[0]))
+        weight, hidden = numbers(-2, 1, width)[0], numbers(-1, rows, width)
+        before = hidden.clone()
+        normed = add_rms_norm(hidden, total, weight, EPS)
+        ranks = list(zip(streams.peers, parts, strict=True))
+        for two_shot in (False, True):
+            for ours in streams.run([partial(_summed, each, part, two_shot) for each, part in ranks]):
+                assert torch.equal(ours, total), (rows, width, two_shot)
+            for norm, ours in streams.run([partial(_normed, each, part, before, weight, two_shot) for each, part in ranks]):
+                assert torch.equal(norm, normed), (rows, width, two_shot)
+                assert torch.equal(ours, hidden), (rows, width, two_shot)
+        for each in streams.run([partial(gather, each, part) for each, part in ranks]):
+            assert torch.equal(each, torch.stack(parts)), (rows, width)
+        of_ranks = [kernels(each, rows, width) for each in streams.peers]
+        for way in OURS:
+            streams.run([of_rank[way] for of_rank in of_ranks])
+        figures[f"{rows} x {width}"] = {way: streams.time_us([of_rank[way] for of_rank in of_ranks]) for way in OURS}
+    return figures
+
+
+def _summed(peers: Any, part: Tensor, two_shot: bool) -> Tensor:
+    from workers.kernels.rows.reduce import sum_rows
+
+    return sum_rows(peers, part.clone(), two_shot=two_shot)
+
+
+def _normed(peers: Any, part: Tensor, before: Tensor, weight: Tensor, two_shot: bool) -> tuple[Tensor, Tensor]:
+    from workers.kernels.rows.reduce import sum_add_rms_norm
+
+    hidden = before.clone()
+    return sum_add_rms_norm(peers, part, hidden, weight, EPS, two_shot=two_shot), hidden
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--one-device", action="store_true", help="ranks are streams on one GPU")
     parser.add_argument("--json", action="store_true", help="print a JSON object as well")
     asked = parser.parse_args()
+    figures = measure_streams(asked.ranks) if asked.one_device else measure_processes(asked.ranks)
+    ways = OURS if asked.one_device else WAYS
+    print(table(["rows x width", *ways], [[size, *(f"{row[way]:.1f}" for way in ways)] for size, row in figures.items()]))
+    if asked.json:
+        print(json.dumps(figures))
+
+
+def measure_processes(ranks: int) -> Figures:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     context, pipes, processes = get_context("spawn"), [], []
-    for rank in range(asked.ranks):
+    for rank in range(ranks):
         here, there = context.Pipe()
-        processes.append(context.Process(target=measure_rank, args=(rank, asked.ranks, address, there), daemon=True))
+        processes.append(context.Process(target=measure_rank, args=(rank, ranks, address, there), daemon=True))
         processes[-1].start()
         there.close()
         pipes.append(here)
@@ -137,12 +275,10 @@ def main() -> None:
         for process in processes:
             process.join(30)
             process.kill()
-    figures = told[0]
+    figures: Figures | str = told[0]
     if isinstance(figures, str):
         raise SystemExit(figures)
-    print(table(["rows x width", *WAYS], [[size, *(f"{row[way]:.1f}" for way in WAYS)] for size, row in figures.items()]))
-    if asked.json:
-        print(json.dumps(figures))
+    return figures
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_bfloat16_parts_from_the_eager_path_at_small_margins_only(judges: dict[s
 @pytest.mark.parametrize("block", [16, 256])
 def test_kv_in_fp8_says_with_graphs_what_it_says_without(dtype: str, block: int, judges: dict[str, Judge]) -> None:
     """And, in float32, what a CPU says with its KV in FP8. Rounding may push a number over to another of FP8's."""
-    options = {
+    options: dict[str, Any] = {
         "dtype": dtype, "kv_dtype": "fp8", "block_size": block, "max_num_seqs": 12, "max_num_batched_tokens": 512,
         "max_model_len": 512,
     }  # fmt: skip

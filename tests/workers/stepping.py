@@ -24,6 +24,7 @@ from scheduler.protocol.sampling import SamplingParams
 from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank, StepResult
 from workers.model.reading import read_model
+from workers.parallel.communicator import JoinedGroup
 from workers.parallel.in_process import Solo
 from workers.process.build import build_rank
 
@@ -81,12 +82,15 @@ class Stepped:
     """A `Rank` with whoever grants it rows and blocks. depth: steps under way while the next is planned.
 
     options: of `EngineConfig`, over `OPTIONS`. Blocks are granted in an order that is drawn once, one by one as needed.
+    comm: of a rank among several, each of which is stepped alike.
     """
 
-    def __init__(self, checkpoint: Path, *, device: str, depth: int = 1, **options: Any) -> None:
+    def __init__(
+        self, checkpoint: Path, *, device: str, depth: int = 1, comm: JoinedGroup | None = None, **options: Any
+    ) -> None:
         self.config = config = EngineConfig(model=str(checkpoint), local=True, device=device, **OPTIONS | options)
         self.resolved = resolve(config, device)
-        self.built = build_rank(config, self.resolved, Solo())
+        self.built = build_rank(config, self.resolved, comm or Solo())
         self.rank = Rank(self.built.rank.batch, self.built.rank.executor, depth)
         self.rank.adapters = self.built.rank.adapters
         self._reads, self._read = GatheredReads(1), threading.Event()

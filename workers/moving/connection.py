@@ -19,6 +19,7 @@ import msgspec
 
 from scheduler.protocol.handshake import Challenge, Claim, Confirmed
 from scheduler.protocol.wire import frame
+from workers.host import SharedMemory
 from workers.moving.lane import TransferFailed
 
 CONNECT_TIMEOUT_S = 10.0
@@ -58,19 +59,7 @@ class StoreEntry(msgspec.Struct, frozen=True, array_like=True, tag=3):
     value: bytes
 
 
-class SharedMemory(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """A stretch of a device's memory, as torch names it to other processes of the host (`workers.moving.mapped`)."""
-
-    handle: bytes
-    size: int
-    offset: int
-    counter: bytes
-    counter_at: int
-    event: bytes
-    waits: bool
-
-
-class Readable(msgspec.Struct, frozen=True, array_like=True, tag=6):
+class Readable(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """The sender's blocks can be read in its pool. blocks: [n] int32. sample: what the first of them begins with."""
 
     pool: SharedMemory
@@ -78,7 +67,7 @@ class Readable(msgspec.Struct, frozen=True, array_like=True, tag=6):
     sample: bytes
 
 
-class Mapped(msgspec.Struct, frozen=True, array_like=True, tag=7):
+class Mapped(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """Whether the receiver reads there; where it cannot, a PairOffer follows."""
 
     ok: bool

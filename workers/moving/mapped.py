@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from kvcache.pool import KVPool
-from workers.host import host_identity
-from workers.moving.connection import MAPPED, Connection, Fetch, Mapped, PairOffer, Readable, SharedMemory
+from workers.host import SharedMemory, host_identity
+from workers.mapping import mapped, share
+from workers.moving.connection import MAPPED, Connection, Fetch, Mapped, PairOffer, Readable
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
 from workers.moving.pairs import PairWire
@@ -46,22 +46,17 @@ class Memory(Protocol):
 
 
 class DeviceMemory:
-    """A GPU's, by CUDA's handles. torch knows which of its allocations a tensor lies in, and opens each of another's once."""
+    """A GPU's."""
 
     def __init__(self, device: torch.device) -> None:
         self.host = host_identity()
         self._device = device
 
     def share(self, pool: KVPool) -> SharedMemory:
-        _, (*_, handle, size, offset, _, counter, counter_at, event, waits) = reduce_tensor(pool.raw.view(-1))  # type: ignore[no-untyped-call]
-        return SharedMemory(handle, size, offset, counter, counter_at, event, waits)
+        return share(pool.raw.view(-1))
 
     def map(self, shared: SharedMemory) -> Tensor:
-        mapped: Tensor = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
-            Tensor, (shared.size,), (1,), 0, torch.UntypedStorage, torch.uint8, self._device.index or 0, shared.handle,
-            shared.size, shared.offset, False, shared.counter, shared.counter_at, shared.event, shared.waits,
-        )  # fmt: skip
-        return mapped
+        return mapped(shared, self._device)
 
 
 class MappedWire:

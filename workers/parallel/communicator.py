@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from workers.kernels.rows.reduce import Peers
+    from workers.kernels.rows.peers import Peers
 
 
 class Communicator(Protocol):

@@ -1,8 +1,8 @@
 """Makes a rank's communicator: rendezvous, then the fastest way by which its group can talk.
 
 Imports torch and torch.distributed, whose global default group it leaves alone: several groups fit in one process.
-`Solo` and `ThreadGroup` are for ranks of one process, `SharedMemoryGroup` for CPU ranks of one host, `TorchGroup` (NCCL
-or gloo) for all others.
+`Solo` and `ThreadGroup` are for ranks of one process, `SharedMemoryGroup` for CPU ranks of one host, `OneDeviceGroup` for ranks
+that share a GPU, `TorchGroup` (NCCL or gloo) for all others.
 """
 
 import logging
@@ -26,7 +26,7 @@ from workers.parallel.shared_memory import SharedMemoryGroup
 __all__ = ["PeerLost", "SharedMemoryGroup", "Solo", "ThreadGroup", "TorchGroup", "connect", "sum_in_rank_order"]
 
 if TYPE_CHECKING:
-    from workers.kernels.rows.reduce import Peers
+    from workers.kernels.rows.peers import Peers
     from workers.parallel.peer_memory import PeerMemory
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,10 @@ def connect(
             group = _share_memory(rank, size, store, timeout_s)
             if group is not None:
                 return group
+        if device.type == "cuda" and together and _share_a_device(rank, size, store, device):
+            from workers.parallel.one_device import OneDeviceGroup  # brings triton
+
+            return OneDeviceGroup(rank, size, store, device)
         joined = TorchGroup(rank, size, store, device, timeout_s)
         if custom_all_reduce and device.type == "cuda":
             joined.memory = _join_memory(rank, size, store, device) if together else None
@@ -72,7 +76,7 @@ class TorchGroup:
     """
 
     memory: "PeerMemory | None" = None
-    """Of GPUs of one host, where small sums need no NCCL."""
+    """Of GPUs of one host, where small sums and gathers need no NCCL."""
 
     def __init__(self, rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> None:
         self.rank, self.size = rank, size
@@ -85,14 +89,16 @@ class TorchGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if not self._on_gpu:
             return sum_in_rank_order(self._gather(tensor), tensor)
-        if self.memory is not None and self.memory.all_reduce(tensor):
-            return tensor
+        if self.memory is not None and self.memory.pays(tensor) and tensor.is_floating_point() and tensor.is_contiguous():
+            return self.memory.all_reduce(tensor)
         self._finish(lambda: self._group.allreduce([tensor]))
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         if not self._on_gpu:
             return torch.stack(self._gather(tensor))
+        if self.memory is not None and self.memory.pays(tensor):
+            return self.memory.all_gather(tensor)
         gathered = tensor.new_empty(self.size, *tensor.shape)
         self._finish(lambda: self._group._allgather_base(gathered, tensor.contiguous()))
         return gathered
@@ -176,6 +182,12 @@ def _exchange(rank: int, size: int, store: Store, key: str, value: str) -> list[
 
 def _same_host(rank: int, size: int, store: Store, host: str) -> bool:
     return len(set(_exchange(rank, size, store, "host", host))) == 1
+
+
+def _share_a_device(rank: int, size: int, store: Store, device: torch.device) -> bool:
+    """Whether two ranks have the same GPU."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return len(set(_exchange(rank, size, store, "device", uuid))) < size
 
 
 def _join_memory(rank: int, size: int, store: Store, device: torch.device) -> "PeerMemory | None":

@@ -3,9 +3,11 @@
 Imports every part of the tensor side; nothing imports it but actors and the in-process cluster.
 """
 
+import contextlib
 import gc
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -84,6 +86,12 @@ class Built:
         return PoolSizes(*(pool.blocks if pool is not None else 0 for pool in (self.host, beside)))
 
 
+_one_by_one = threading.Lock()
+"""Groups of one process: while one captures graphs none may wait for the whole device, as each does when it is built; and what
+memory is left each is to see after the other. Ranks of one group, which meet while they are built, capture none in a process
+with others."""
+
+
 def build_rank(
     config: WorkerConfig,
     resolved: ResolvedWorker,
@@ -113,9 +121,10 @@ def build_rank(
     threads = max(resolved.threads, min(MASK_THREADS, (os.cpu_count() or 1) // resolved.host_ranks))
     constraints = Constraints(read, vocabulary, threads)
     try:
-        make = _gpu_runner if device.type == "cuda" else _cpu_runner
         spec = RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints, scales)
-        runner, sizes, lora = make(spec, phase)
+        make = _gpu_runner if device.type == "cuda" else _cpu_runner
+        with _one_by_one if device.type == "cuda" and comm.size == 1 else contextlib.nullcontext():
+            runner, sizes, lora = make(spec, phase)
         hosts = _host_pools(spec, sizes, phase) if config.host_kv_memory else []
     except BaseException:
         constraints.close()

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Moved, Movement, Receive, Send
-from workers.moving.connection import SharedMemory
+from workers.host import SharedMemory
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mapped import MappedWire
 from workers.moving.mover import BlockMover, Transport

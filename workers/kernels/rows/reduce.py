@@ -3,9 +3,7 @@ the residual's sum and RMSNorm.
 
     a row:   its own part, into memory that the others read ─ meet ─ all parts, summed in rank order [─ + residual ─ norm]
 
-One program has one row on all ranks, and they meet by themselves: a program waits for its like on the other ranks, not for
-whole kernels. Every row has two places, used in turn, so that one meeting is enough: who has come to turn n + 1 has read what
-was there at turn n, whose place is used again at n + 2. Turns are counted on the device, so a launch may stand in a CUDA graph.
+One program has one row on all ranks, and it waits for its like on the other ranks (`peers`), not for whole kernels.
 
 With TWO_SHOT each rank sums a share of the row and writes it to all: each then reads two rows, not as many as there are ranks,
 for a second meeting. Sums are in float32, in rank order, rounded once, the same bits on every rank as `sum_in_rank_order`.
@@ -13,62 +11,16 @@ for a second meeting. Sums are in float32, in rank order, rounded once, the same
 Imports torch and triton. Runs on CUDA, or on memory that processes share under Triton's interpreter.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import warps_for
+from workers.kernels.rows.peers import TRIES, Peers, meet
 
 ONE_SHOT_BYTES = 256 << 10
 """Above that, of more than two ranks, a second meeting costs less than every rank reading every other's whole part."""
-
-TRIES = 4096
-"""Looks at a peer's word between two looks at the host's, which is far away."""
-
-
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """What a rank's kernels need to meet the others. Addresses are this process's own, of its device's or its peers' memory.
-
-    parts, sums: [size] int64, of each rank's [2, rows, row_bytes]; words: [size] int64, of each rank's [rows, 2, size] int32,
-    zero at first. turns: [rows] int32, zero at first, this rank's. given_up: address of an int32 that the host sets where
-    nobody is to be waited for any more; what a sum is then is not known.
-    """
-
-    rank: int
-    size: int
-    rows: int
-    row_bytes: int
-    parts: Tensor
-    sums: Tensor
-    words: Tensor
-    turns: Tensor
-    given_up: int
-
-
-@triton.jit
-def _meet(words, row, phase, rank, turn, given_up, RANKS: tl.constexpr, TRIES: tl.constexpr):
-    """Says to the row's program on each rank that this one has come to `turn`, and waits until each has said so. What was
-    written before is seen by all after it."""
-    tl.debug_barrier()  # the stores of the program's other threads come before what one of them says
-    place = (row * 2 + phase) * RANKS
-    for peer in tl.static_range(RANKS):
-        word = tl.load(words + peer).to(tl.pointer_type(tl.int32)) + place + rank
-        tl.atomic_xchg(word, turn, sem="release", scope="sys")
-    own = tl.load(words + rank).to(tl.pointer_type(tl.int32)) + place
-    for peer in tl.static_range(RANKS):
-        behind = tl.atomic_add(own + peer, 0, sem="acquire", scope="sys") - turn
-        waiting = behind < 0  # a difference, so that turns may run over
-        while waiting:
-            tries = 0
-            while (behind < 0) & (tries < TRIES):
-                behind = tl.atomic_add(own + peer, 0, sem="acquire", scope="sys") - turn
-                tries += 1
-            waiting = (behind < 0) & (tl.load(given_up, volatile=True) == 0)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -80,30 +32,30 @@ def _sum_row(x, out, hidden, weight, parts, sums, words, turns, given_up, x_stri
     kind: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
-    turn = tl.load(turns + row) + 1
-    place = ((turn & 1).to(tl.int64) * rows + row) * row_numbers
+    turn = tl.load(turns + row) + 2
+    place = (((turn >> 1) & 1).to(tl.int64) * rows + row) * row_numbers
     flag = given_up.to(tl.pointer_type(tl.int32))
     mine = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
     tl.store(tl.load(parts + rank).to(tl.pointer_type(kind)) + place + at, mine, mask=inside)
-    _meet(words, row, 0, rank, turn, flag, RANKS, TRIES)
+    meet(words, row, rank, turn, flag, RANKS, TRIES)
     if TWO_SHOT:
         share_at = rank * SHARE + tl.arange(0, SHARE_BLOCK)
         shared = (tl.arange(0, SHARE_BLOCK) < SHARE) & (share_at < WIDTH)
         part = tl.zeros((SHARE_BLOCK,), dtype=tl.float32)
         for peer in tl.static_range(RANKS):
             source = tl.load(parts + peer).to(tl.pointer_type(kind)) + place
-            part += tl.load(source + share_at, mask=shared, other=0.0, volatile=True).to(tl.float32)
+            part += tl.load(source + share_at, mask=shared, other=0.0, cache_modifier=".cg").to(tl.float32)
         for peer in tl.static_range(RANKS):
             target = tl.load(sums + peer).to(tl.pointer_type(kind)) + place
             tl.store(target + share_at, part.to(kind), mask=shared)
-        _meet(words, row, 1, rank, turn, flag, RANKS, TRIES)
+        meet(words, row, rank, turn + 1, flag, RANKS, TRIES)
         own = tl.load(sums + rank).to(tl.pointer_type(kind)) + place
-        total = tl.load(own + at, mask=inside, other=0.0, volatile=True)
+        total = tl.load(own + at, mask=inside, other=0.0, cache_modifier=".cg")
     else:
         wide = tl.zeros((BLOCK,), dtype=tl.float32)
         for peer in tl.static_range(RANKS):
             source = tl.load(parts + peer).to(tl.pointer_type(kind)) + place
-            wide += tl.load(source + at, mask=inside, other=0.0, volatile=True).to(tl.float32)
+            wide += tl.load(source + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         total = wide.to(kind)
     tl.store(turns + row, turn)
     if NORM:
@@ -120,6 +72,20 @@ def _sum_row(x, out, hidden, weight, parts, sums, words, turns, given_up, x_stri
 def takes(peers: Peers, x: Tensor) -> bool:
     """Whether x [rows, width] has room in the peers' memory."""
     return x.dim() == 2 and len(x) <= peers.rows and x.shape[1] * x.itemsize <= peers.row_bytes
+
+
+def sum_all(peers: Peers, x: Tensor) -> None:
+    """x, contiguous, of any shape, of every rank -> their sum, in x: by as many launches as it takes."""
+    if takes(peers, x):
+        sum_rows(peers, x)
+        return
+    flat, width = x.view(-1), peers.row_bytes // x.itemsize
+    whole = len(flat) // width * width
+    rows = flat[:whole].view(-1, width)
+    for first in range(0, len(rows), peers.rows):
+        sum_rows(peers, rows[first : first + peers.rows])
+    if whole < len(flat):
+        sum_rows(peers, flat[None, whole:])
 
 
 def sum_rows(peers: Peers, x: Tensor, *, two_shot: bool | None = None) -> Tensor:

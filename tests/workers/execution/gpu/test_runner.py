@@ -25,7 +25,7 @@ from workers.execution.gpu import chunks
 from workers.execution.gpu import runner as gpu_runner
 from workers.execution.gpu.graphs import Launch
 from workers.kernels.rows import reduce
-from workers.kernels.rows.reduce import Peers
+from workers.kernels.rows.peers import Peers
 from workers.model.config.architectures import read_config
 from workers.model.gpu import fused
 from workers.model.layers import experts
@@ -99,7 +99,7 @@ class Padded:
         return self.size if size <= self.size else None
 
 
-def build_stepped(checkpoint: Path, depth: int, **options: str | bool | int) -> Stepped:
+def build_stepped(checkpoint: Path, depth: int, **options: Any) -> Stepped:
     return Stepped(checkpoint, device="cpu", depth=depth, max_num_seqs=ROWS, max_num_batched_tokens=BUDGET, max_model_len=32,
                    **options)  # fmt: skip
 

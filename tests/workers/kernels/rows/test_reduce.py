@@ -1,4 +1,4 @@
-"""Sums over ranks that read each other's memory: processes with shared memory, under Triton's interpreter."""
+"""Sums and gathers over ranks that read each other's memory: processes with shared memory, under Triton's interpreter."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,8 +13,10 @@ from torch.multiprocessing import get_context
 pytest.importorskip("triton")
 
 from tests.workers.kernels.devices import CUDA
+from workers.kernels.rows.gather import gather
 from workers.kernels.rows.norm import add_rms_norm
-from workers.kernels.rows.reduce import Peers, sum_add_rms_norm, sum_rows, takes
+from workers.kernels.rows.peers import Peers
+from workers.kernels.rows.reduce import sum_add_rms_norm, sum_all, sum_rows, takes
 from workers.parallel.in_process import sum_in_rank_order
 
 pytestmark = pytest.mark.skipif(CUDA, reason="ranks with GPUs of their own meet in tests/gpu")
@@ -43,7 +45,7 @@ class Memory:
         places = (2 * ROWS * ROW_BYTES,)
         tensors = (
             torch.full(places, 255, dtype=torch.uint8), torch.full(places, 255, dtype=torch.uint8),  # NaN, whatever the dtype
-            torch.full((ROWS, 2, size), first, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
+            torch.full((ROWS, size), first, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
         )  # fmt: skip
         return cls(*(tensor.share_memory_() for tensor in tensors))  # type: ignore[no-untyped-call]
 
@@ -84,6 +86,37 @@ def _sum_all(rank: int, memories: list[Memory], first: int, pipe: Any) -> None:
             told.append((case, total, hidden, normed))
     pipe.send([(case, *(tensor.float().numpy() for tensor in tensors)) for case, *tensors in told])
     pipe.recv()
+
+
+torch.manual_seed(0)  # every process makes the same
+PARTS = [
+    torch.arange(5, dtype=torch.int64), torch.tensor([True, False, True]), torch.randn(3, 7), torch.zeros(0, 4),
+    torch.randn(9, 61), torch.randn(2, 33).to(torch.bfloat16), torch.randn(41, 96), torch.arange(11, dtype=torch.uint8)[3:],
+]  # fmt: skip
+"""What is gathered: with words of 8, 4, 2 bytes and 1, nothing, one piece and several, more than one launch has room for."""
+
+LARGE = (37, 61)
+"""A sum of several launches, the last of which has part of a row."""
+
+
+def _gather_all(rank: int, memories: list[Memory], first: int, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    peers, told = peers_of(rank, memories, first), []
+    for turn in range(2):  # sums between them, which use the same places
+        for number, tensor in enumerate(PARTS):
+            told.append(gather(peers, _own(tensor, rank + turn)).numpy(force=True) if tensor.dtype != torch.bfloat16 else
+                        gather(peers, _own(tensor, rank + turn)).view(torch.int16).numpy())  # fmt: skip
+            sum_rows(peers, part(rank, number % len(CASES)), two_shot=bool(number % 2))
+        large = torch.full(LARGE, float(rank + turn))
+        sum_all(peers, large)
+        told.append(large.numpy())
+    pipe.send(told)
+    pipe.recv()
+
+
+def _own(tensor: Tensor, rank: int) -> Tensor:
+    """Another one for each rank, of the same shape and place in its storage."""
+    return torch.logical_xor(tensor, torch.tensor(bool(rank % 2))) if tensor.dtype == torch.bool else tensor + rank
 
 
 def _wait_for_nobody(rank: int, memories: list[Memory], first: int, pipe: Any) -> None:
@@ -145,6 +178,21 @@ def test_every_rank_has_the_sum_in_rank_order_and_what_follows_it(size: int, fir
                 assert (mine == also).all(), "the same bits on every rank"
                 error = (torch.as_tensor(mine).float() - right.float()).abs()
                 assert (error <= TRUNCATED.get(right.dtype, 0.0) * (right.float().abs() + SUMMED)).all()
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_rank_has_what_each_has(size: int, run: Run) -> None:
+    pipes, _, _ = run(size, _gather_all)
+    told = [received(pipe) for pipe in pipes]
+    for turn in range(2):
+        for number, tensor in enumerate(PARTS):
+            wanted = torch.stack([_own(tensor, rank + turn) for rank in range(size)])
+            wanted = wanted.view(torch.int16) if tensor.dtype == torch.bfloat16 else wanted
+            for ours in told:
+                assert torch.equal(torch.from_numpy(ours[turn * (len(PARTS) + 1) + number]), wanted), tensor.dtype
+        for ours in told:
+            assert (ours[(turn + 1) * (len(PARTS) + 1) - 1] == sum(range(turn, turn + size))).all()
 
 
 @pytest.mark.slow
