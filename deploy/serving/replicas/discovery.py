@@ -140,7 +140,7 @@ class Discovery:
         finally:
             tasks = [*(task for _, task in self._opening.values()), *self._leaving]
             for task in tasks:
-                task.cancel()
+                _give_up(task)
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(each.close() for each in self._opened.values()))
 
@@ -158,7 +158,7 @@ class Discovery:
             return {*self._there}
         self._there = there
         for name in [name for name in self._opening if name not in there]:
-            self._opening[name][1].cancel()
+            _give_up(self._opening[name][1])
         for name in [name for name in self._opened if name not in there]:
             logger.warning("model %s is not served any more", self._opened[name].model.name)
             self._leave(self._opened.pop(name))
@@ -179,7 +179,7 @@ class Discovery:
         if application in self._opening:
             opening, task = self._opening[application]
             if opening != told:  # it was deployed once more meanwhile
-                task.cancel()
+                _give_up(task)
             return
         refused, again_s, _ = self._refused.get(application, (None, 0.0, ""))
         opened = self._opened.get(application)
@@ -254,6 +254,12 @@ class Discovery:
         leaving = asyncio.create_task(_run_empty(opened))
         self._leaving[leaving] = opened
         leaving.add_done_callback(self._leaving.pop)
+
+
+def _give_up(task: "asyncio.Task[None]") -> None:
+    """Once: every look asks for it, and a second cancellation would end its closing of what it has opened."""
+    if not task.cancelling():
+        task.cancel()
 
 
 async def _run_empty(opened: Opened) -> None:

@@ -21,6 +21,7 @@ from deploy.doors.access import ApiKeys
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.models.adapters import OwnShelf
 from deploy.frontend.models.further import FurtherModels, ModelState
+from deploy.observing.observer import Observer
 from deploy.serving.replicas import discovery as module
 from deploy.serving.replicas import engine as engine_module
 from deploy.serving.replicas.administration import ServeAdministration
@@ -316,6 +317,38 @@ def administration(discovery: Discovery) -> ServeAdministration:
     nobody: Any = None
     config = EngineConfig(model=str(EMBEDDED_MODEL))
     return ServeAdministration(nobody, config, limits, ApiKeys(), 1, discovery, nobody, nobody)
+
+
+def test_a_model_that_goes_while_it_is_opened_is_closed_to_the_end_however_long_that_takes(
+    fake: FakeServe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    may_close = threading.Event()
+    closing: list[Observer] = []
+    closed: list[Observer] = []
+    close_observer = Observer.close
+
+    def close(observer: Observer) -> None:
+        closing.append(observer)
+        assert may_close.wait(PATIENCE_S)
+        close_observer(observer)
+        closed.append(observer)
+
+    monkeypatch.setattr(Observer, "close", close)
+    fake.applications["manta:a"] = told("a", "1")
+
+    async def work(discovery: Discovery, further: FurtherModels) -> None:
+        fake.applications["manta:a"] = told("a", "2")  # which is not up: it waits for its turn
+        await until(lambda: ("manta:a", "2") in fake.engines)
+        fake.applications.clear()
+        await until(lambda: len(closing) == 2)
+        for _ in range(3):
+            await discovery.look()
+        assert discovery._opening
+        may_close.set()
+        await until(lambda: not discovery._opening and len(closed) == 2)
+        assert names(further) == []
+
+    following(work, ServeConfig(request_log=str(tmp_path / "log")))
 
 
 @pytest.mark.parametrize("failure", [None, "ValueError: 3 ranks do not divide 4 heads"], ids=["coming up", "given up"])
