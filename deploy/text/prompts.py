@@ -7,11 +7,14 @@ read by `sources`. torch comes in only to read a checkpoint's settings.
 """
 
 import math
+import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from deploy.text.content import Content, Conversation, PromptError, PromptTooLong, TextPair
 from deploy.text.files import surrogate
@@ -76,7 +79,7 @@ class Prompt:
 
     text: as it was given. answered: the output is an answer, a text of its own, and does not continue the prompt's. pooling: no
     output is wanted, but this of the prompt; it needs no room then, and parameters say nothing. adapter: with whose weights
-    beside the model's.
+    beside the model's. packed: the ids as they are hashed and sent, int32.
     """
 
     token_ids: list[int]
@@ -86,6 +89,11 @@ class Prompt:
     answered: bool = False
     pooling: Pooling | None = None
     adapter: Adapter | None = None
+    packed: bytes = field(default=b"", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.packed:
+            object.__setattr__(self, "packed", pack(self.token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +110,26 @@ class PromptParser:
         self._check(params)
         _check_size("stop", params.stop, MOST_STOP_CHARACTERS)
         _check_size("cache_salt", (terms.salt,), MOST_SALT_CHARACTERS)
-        if isinstance(content, Conversation):
-            prompt = Prompt(self._chat(content), params, terms, answered=True, adapter=self.adapter)
-        elif isinstance(content, str):
-            prompt = Prompt(self._encode(content), params, terms, content, adapter=self.adapter)
-        elif isinstance(content, TextPair):
-            prompt = Prompt(self._encode_pair(content), params, terms, adapter=self.adapter)
-        else:
-            prompt = Prompt(content, params, terms, adapter=self.adapter)
-        self._check_ids(prompt.token_ids)
-        self._check_room(prompt.token_ids, params)
-        return prompt
+        ids = self._ids(content)
+        packed = self._packed(ids)
+        self._check_room(ids, params)
+        text, answered = content if isinstance(content, str) else None, isinstance(content, Conversation)
+        return Prompt(ids, params, terms, text, answered, adapter=self.adapter, packed=packed)
 
     def pooled(self, content: Content, pooling: Pooling, terms: Terms = USUAL_TERMS) -> Prompt:
         """One without output. Errors: PromptError."""
         _check_size("cache_salt", (terms.salt,), MOST_SALT_CHARACTERS)
+        ids = self._ids(content)
+        packed = self._packed(ids, output=False)
+        return Prompt(ids, terms=terms, answered=True, pooling=pooling, adapter=self.adapter, packed=packed)
+
+    def _ids(self, content: Content) -> list[int]:
+        """Errors: PromptError."""
         if isinstance(content, Conversation):
-            ids = self._chat(content)
-        elif isinstance(content, TextPair):
-            ids = self._encode_pair(content)
-        else:
-            ids = self._encode(content) if isinstance(content, str) else content
-        self._check_ids(ids, output=False)
-        return Prompt(ids, terms=terms, answered=True, pooling=pooling, adapter=self.adapter)
+            return self._chat(content)
+        if isinstance(content, TextPair):
+            return self._encode_pair(content)
+        return self._encode(content) if isinstance(content, str) else content
 
     def _check(self, params: SamplingParams) -> None:
         """Holds them against the model. Errors: PromptError with the field's name."""
@@ -168,7 +173,7 @@ class PromptParser:
         except ValueError as error:
             raise PromptError(str(error)) from error
 
-    def _check_ids(self, ids: list[int], *, output: bool = True) -> None:
+    def _packed(self, ids: list[int], *, output: bool = True) -> bytes:
         """Looks at how many there are before it looks at each. output: one is to follow. Errors: PromptError."""
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
@@ -177,9 +182,16 @@ class PromptParser:
             raise PromptTooLong(
                 f"{context_length(most, output=output)}, and the prompt has {len(ids)}: shorten it to {most - output} or fewer"
             )
-        low, high = min(ids), max(ids)
+        try:
+            packed = pack(ids)
+        except struct.error as error:
+            wrong = next((token for token in ids if not -(1 << 31) <= token < 1 << 31), None)
+            raise PromptError(f"token ids: {error}" if wrong is None else self._outside(wrong)) from None
+        numbers = np.frombuffer(packed, "<i4")
+        low, high = int(numbers.min()), int(numbers.max())
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
+        return packed
 
     def _check_room(self, ids: list[int], params: SamplingParams) -> None:
         """Errors: PromptTooLong."""
@@ -199,6 +211,11 @@ class PromptParser:
         if self.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
         return self.tokenizer
+
+
+def pack(ids: Sequence[int]) -> bytes:
+    """As int32. Errors: struct.error. (`np.array` takes twice as long.)"""
+    return struct.pack(f"<{len(ids)}i", *ids)
 
 
 def encode_within(

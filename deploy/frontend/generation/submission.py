@@ -59,11 +59,11 @@ class Submission:
         params, terms = prompt.params, prompt.terms
         bare = params.ignore_eos and params.grammar is None
         stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *eos_ids)
-        tokens, salt = np.array(prompt.token_ids, dtype="<i4"), salt_of(terms.salt, prompt.adapter)
+        salt = salt_of(terms.salt, prompt.adapter)
         self.request = Request(
             stream=stream,
-            tokens=tokens.tobytes(),
-            hashes=_hashes(tokens, block_size, salt),
+            tokens=prompt.packed,
+            hashes=_hashes(np.frombuffer(prompt.packed, "<i4"), block_size, salt),
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
             salt=salt,

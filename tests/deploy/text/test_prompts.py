@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.config import EngineConfig
@@ -29,6 +30,7 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
     ids, params, terms = tokenizer.encode("hello world"), SamplingParams(n=2), Terms("salt", "ann", 3, 1.5)
     assert parser.prompt("hello world", params, terms) == Prompt(ids, params, terms, "hello world")
     assert parser.prompt(ids, params, terms) == Prompt(ids, params, terms)
+    assert parser.prompt(ids).packed == Prompt(ids).packed == np.array(ids, "<i4").tobytes()
     chat = [USER, *tokenizer.encode("hello\n")]
     assert parser.prompt(Conversation([HELLO]), params, terms) == Prompt(chat, params, terms, answered=True)
 
@@ -40,6 +42,8 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
         ([], "the prompt is empty"),
         ([3, 400], "token id 400 is outside the vocabulary of 400 entries: use ids from 0 to 399"),
         ([3, -1], "token id -1 is outside the vocabulary of 400 entries"),
+        ([3, 1 << 31], f"token id {1 << 31} is outside the vocabulary of 400 entries"),
+        ([3, 4.0], "token ids: required argument is not an integer"),
         (
             [5] * MAX_TOKENS,
             f"length is {MAX_TOKENS} tokens, output included, and the prompt has {MAX_TOKENS}: shorten it to 511",
