@@ -4,18 +4,20 @@
     python -m benchmarks.gpu.all_reduce --ranks 4 --one-device
 
 A process for each rank, which sees one GPU; bf16; times are of CUDA graphs of 100 calls one after another, the slowest rank's,
-in microseconds a call. `one` and `two` are one meeting and two; `norm` adds the residual and RMSNorm to NCCL's sum, a launch
+in microseconds a call. `one` and `two` are one exchange and two; `norm` adds the residual and RMSNorm to NCCL's sum, a launch
 of its own, and `one + norm` is the one kernel; `gather` brings each rank what all have. Before that each kernel's sum is
 compared with all parts added in rank order, bit by bit, and each rank's with the first one's.
 
 --one-device: ranks that are streams of one process on one GPU, whose memory is their own: what the kernels take where no link
-lies between them. NCCL has no part in it.
+lies between them. NCCL has no part in it. All programs of all ranks have to be on the device at once, as they are on GPUs of
+their own: sizes for which that is not sure are left out.
 """
 
 import argparse
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +32,8 @@ from benchmarks.shared.report import table
 
 SIZES = [(rows, width) for width in (1024, 4096, 8192) for rows in (1, 8, 32, 64, 128)]
 CALLS, ROUNDS = 100, 5
+WARPS = 16
+"""Of a multiprocessor, that are sure to be on it at once: of 128 registers a thread."""
 EPS = 1e-6
 OURS = ("one", "two", "one + norm", "two + norm", "gather")
 WAYS = ("nccl", *OURS[:2], "nccl + norm", *OURS[2:4], "nccl gather", OURS[4])
@@ -150,21 +154,14 @@ class Streams:
     """Ranks on one GPU. Each kernel is compiled and read before one of it waits: loading one may wait for the device."""
 
     def __init__(self, size: int) -> None:
-        from workers.kernels.rows.peers import Peers
-        from workers.parallel.peer_memory import ROW_BYTES, ROWS
+        from workers.kernels.rows.peers import PROGRAMS, Peers
+        from workers.parallel.peer_memory import PACKETS
 
-        def each(numbers: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-            made = [torch.zeros(numbers, dtype=dtype, device="cuda") for _ in range(size)]
-            return made, torch.tensor([tensor.data_ptr() for tensor in made], device="cuda")
-
-        self._parts, parts = each(2 * ROWS * ROW_BYTES, torch.uint8)
-        self._sums, sums = each(2 * ROWS * ROW_BYTES, torch.uint8)
-        self._words, words = each(ROWS * size, torch.int32)
+        self._inboxes = [torch.zeros(2, PACKETS, dtype=torch.int64, device="cuda") for _ in range(size)]
+        inboxes = torch.tensor([inbox.data_ptr() for inbox in self._inboxes], device="cuda")
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self.peers = [
-            Peers(rank, size, ROWS, ROW_BYTES, parts, sums, words, torch.zeros(ROWS, dtype=torch.int32, device="cuda"),
-                  self._given_up.data_ptr()) for rank in range(size)
-        ]  # fmt: skip
+        turns = [torch.zeros(PROGRAMS, dtype=torch.int32, device="cuda") for _ in range(size)]
+        self.peers = [Peers(rank, size, PACKETS, inboxes, turns[rank], self._given_up.data_ptr()) for rank in range(size)]
         self._streams = [torch.cuda.Stream() for _ in range(size)]  # type: ignore[no-untyped-call]
 
     def run(self, launches: list[Callable[[], T]]) -> list[T]:
@@ -174,7 +171,7 @@ class Streams:
             launch()
             torch.cuda.synchronize()
         self._given_up.fill_(0)
-        for tensor in (*self._words, *(peers.turns for peers in self.peers)):
+        for tensor in (*self._inboxes, *(peers.turns for peers in self.peers)):
             tensor.zero_()
         torch.cuda.synchronize()
         told = []
@@ -204,12 +201,14 @@ class Streams:
 
 
 def measure_streams(size: int) -> Figures:
+    from workers.kernels.launch import warps_for
     from workers.kernels.rows.gather import gather
     from workers.kernels.rows.norm import add_rms_norm
     from workers.parallel.in_process import sum_in_rank_order
 
     streams, figures = Streams(size), Figures()
-    for rows, width in SIZES:
+    warps = torch.cuda.get_device_properties(0).multi_processor_count * WARPS
+    for rows, width in [each for each in SIZES if size * each[0] * warps_for(each[1]) <= warps]:
         parts = [numbers(rank, rows, width) for rank in range(size)]
         total = sum_in_rank_order(parts, torch.empty_like(parts[0]))
         weight, hidden = numbers(-2, 1, width)[0], numbers(-1, rows, width)
@@ -228,6 +227,7 @@ def measure_streams(size: int) -> Figures:
         for way in OURS:
             streams.run([of_rank[way] for of_rank in of_ranks])
         figures[f"{rows} x {width}"] = {way: streams.time_us([of_rank[way] for of_rank in of_ranks]) for way in OURS}
+        print(f"{rows} x {width}: done", file=sys.stderr, flush=True)
     return figures
 
 

@@ -89,7 +89,7 @@ class TorchGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if not self._on_gpu:
             return sum_in_rank_order(self._gather(tensor), tensor)
-        if self.memory is not None and self.memory.pays(tensor) and tensor.is_floating_point() and tensor.is_contiguous():
+        if self.memory is not None and self.memory.pays(tensor) and self.memory.sums(tensor):
             return self.memory.all_reduce(tensor)
         self._finish(lambda: self._group.allreduce([tensor]))
         return tensor

@@ -28,7 +28,7 @@ class OneDeviceGroup:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         self.check()
-        if tensor.is_floating_point() and tensor.is_contiguous():
+        if self._memory.sums(tensor):
             return self._memory.all_reduce(tensor)
         return sum_in_rank_order(list(self._memory.all_gather(tensor)), tensor)
 

@@ -11,15 +11,15 @@ from torch._C._distributed_c10d import Store
 
 from workers.host import SharedMemory
 from workers.kernels.rows.gather import gather
-from workers.kernels.rows.peers import Peers
+from workers.kernels.rows.peers import PACKET_BYTES, PROGRAMS, Peers
 from workers.kernels.rows.reduce import sum_all
 from workers.mapping import mapped, share
 
-ROWS, ROW_BYTES = 128, 32 << 10
-"""Room for decodes of so many sequences, of hidden sizes up to 16,384 in 16 bits."""
+PACKETS = 2 << 20
+"""Of half an inbox: two ranks have room for 256 rows of 8,192 numbers of 16 bits in one launch."""
 
-MOST_BYTES = 4 * ROWS * ROW_BYTES
-"""Of a rank's part. What is larger is NCCL's, where there is NCCL: it is bound by the links, not by launches and meetings."""
+MOST_BYTES = 4 << 20
+"""Of a rank's part. What is larger is NCCL's, where there is NCCL: links bind it, and packets are twice the bytes."""
 
 
 class PeerMemory:
@@ -28,30 +28,30 @@ class PeerMemory:
 
     def __init__(self, rank: int, size: int, store: Store, device: torch.device) -> None:
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        half = 2 * ROWS * ROW_BYTES
-        own = torch.zeros(2 * half + ROWS * size * 4, dtype=torch.uint8, device=device)
-        own[0] = rank + 1
+        own = torch.zeros(2 * PACKETS * PACKET_BYTES + 1, dtype=torch.uint8, device=device)
+        own[-1] = rank + 1
         torch.cuda.synchronize(device)  # before anybody else may write to it
         store.set(f"memory/{rank}", msgspec.msgpack.encode(share(own)))  # type: ignore[arg-type]  # which takes bytes, too
         names = [msgspec.msgpack.decode(store.get(f"memory/{peer}"), type=SharedMemory) for peer in range(size)]
         self._memories = [own if peer == rank else mapped(name, device) for peer, name in enumerate(names)]
-        if [int(memory[0]) for memory in self._memories] != [*range(1, size + 1)]:
+        if [int(memory[-1]) for memory in self._memories] != [*range(1, size + 1)]:
             raise RuntimeError("what is read in another rank's memory is not what is there")
 
-        def addresses(offset: int) -> Tensor:
-            return torch.tensor([memory.data_ptr() + offset for memory in self._memories], dtype=torch.int64, device=device)
-
-        self.peers = Peers(
-            rank, size, ROWS, ROW_BYTES, addresses(0), addresses(half), addresses(2 * half),
-            torch.zeros(ROWS, dtype=torch.int32, device=device), self._given_up.data_ptr(),
-        )  # fmt: skip
+        addresses = torch.tensor([memory.data_ptr() for memory in self._memories], dtype=torch.int64, device=device)
+        turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+        self.peers = Peers(rank, size, PACKETS, addresses, turns, self._given_up.data_ptr())
 
     def pays(self, tensor: Tensor) -> bool:
         """Whether this is faster than NCCL."""
         return tensor.nbytes <= MOST_BYTES
 
+    @staticmethod
+    def sums(tensor: Tensor) -> bool:
+        """Whether `all_reduce` takes it."""
+        return tensor.is_floating_point() and tensor.itemsize in (2, 4) and tensor.is_contiguous()
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Of floating point and contiguous: summed in place, on the current stream."""
+        """What `sums` says yes to: summed in place, on the current stream."""
         sum_all(self.peers, tensor)
         return tensor
 

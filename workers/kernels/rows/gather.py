@@ -1,6 +1,6 @@
 """What each rank of a host has, on every rank, through their joined memory.
 
-    a piece:   into memory that the others read ─ meet ─ the piece of each rank, in rank order
+    a piece:   to all others ─ from all others, in rank order
 
 Bytes are copied as they are, whatever they stand for. Imports torch and triton. Runs as `reduce` does.
 """
@@ -11,33 +11,38 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import warps_for
-from workers.kernels.rows.peers import TRIES, Peers, meet
+from workers.kernels.rows.peers import PROGRAMS, TRIES, WORD_BYTES, Peers, end_turn, inbox_of, look, receive, send, turn_of
 
-LEAST_BYTES = 2048
-"""Of a piece: many small ones keep many multiprocessors at reading, and a meeting is the same for all of them."""
+LEAST_WORDS = 512
+"""Of a piece: many small ones keep many multiprocessors at copying, and the wait is the same for all of them."""
 
-WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-"""What bytes are copied as: the widest that fits the part's size and place."""
+ALIGNED = 16
+"""Words: so that every piece begins where wide loads and stores may."""
 
 
-@triton.jit
-def _gather_piece(x, out, parts, words, turns, given_up, rank, rows, row_numbers, numbers, each, RANKS: tl.constexpr,
-                  BLOCK: tl.constexpr, TRIES: tl.constexpr):  # fmt: skip
-    """One program copies one piece of every rank. row_numbers: how many a place in `parts` has; numbers: x; each: a piece."""
-    piece = tl.program_id(0).to(tl.int64)
-    kind: tl.constexpr = x.dtype.element_ty
-    at = tl.arange(0, BLOCK)
-    inside = (at < each) & (piece * each + at < numbers)
-    turn = tl.load(turns + piece) + 2
-    place = (((turn >> 1) & 1).to(tl.int64) * rows + piece) * row_numbers
-    mine = tl.load(x + piece * each + at, mask=inside, other=0)
-    tl.store(tl.load(parts + rank).to(tl.pointer_type(kind)) + place + at, mine, mask=inside)
-    meet(words, piece, rank, turn, given_up.to(tl.pointer_type(tl.int32)), RANKS, TRIES)
-    for peer in tl.static_range(RANKS):
-        source = tl.load(parts + peer).to(tl.pointer_type(kind)) + place
-        theirs = tl.load(source + at, mask=inside, other=0, cache_modifier=".cg")
-        tl.store(out + peer * numbers + piece * each + at, theirs, mask=inside)
-    tl.store(turns + piece, turn)
+@triton.jit(do_not_specialize=["rank"])
+def _gather_piece(x, out, inboxes, turns, given_up, words, each, packets, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+                  TRIES: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
+    """One program copies one piece of every rank. words: x; each: a piece."""
+    within = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * each + within
+    inside = (within < each) & (at < words)
+    turn = turn_of(turns)
+    mine = tl.load(x + at, mask=inside, other=0)
+    apart = tl.cdiv(words, 16).to(tl.int64) * 16
+    for ahead in tl.static_range(1, RANKS):
+        send(inbox_of(inboxes, (rank + ahead) % RANKS, packets, turn) + rank * apart + at, mine, inside, turn)
+    own = inbox_of(inboxes, rank, packets, turn) + at
+    looks = ()
+    for ahead in tl.static_range(1, RANKS):
+        looks = looks + (look(own + (rank + ahead) % RANKS * apart, inside),)  # type: ignore[assignment]  # noqa: RUF005
+    to = out + at
+    tl.store(to + rank * words.to(tl.int64), mine, mask=inside)
+    for ahead in tl.static_range(1, RANKS):
+        peer = (rank + ahead) % RANKS
+        came = receive(looks[ahead - 1], own + peer * apart, inside, turn, given_up, TRIES)
+        tl.store(to + peer * words.to(tl.int64), came, mask=inside)
+    end_turn(turns, turn, PROGRAMS)
 
 
 def gather(peers: Peers, x: Tensor) -> Tensor:
@@ -45,10 +50,13 @@ def gather(peers: Peers, x: Tensor) -> Tensor:
     out = x.new_empty(peers.size, *x.shape)
     if not x.numel():
         return out
-    at = x.storage_offset() * x.itemsize
-    word = next(word for word in WORDS if x.nbytes % word.itemsize == 0 and at % word.itemsize == 0)
-    flat, gathered = x.view(-1).view(word), out.view(peers.size, -1).view(word)
-    most = peers.rows * peers.row_bytes // word.itemsize
+    if x.nbytes % WORD_BYTES or x.data_ptr() % WORD_BYTES:
+        padded = torch.zeros(triton.cdiv(x.nbytes, WORD_BYTES) * WORD_BYTES, dtype=torch.uint8, device=x.device)
+        padded[: x.nbytes] = x.view(-1).view(torch.uint8)
+        out.view(peers.size, -1).view(torch.uint8)[:] = gather(peers, padded)[:, : x.nbytes]
+        return out
+    flat, gathered = x.view(-1).view(torch.int32), out.view(peers.size, -1).view(torch.int32)
+    most = peers.packets // peers.size // ALIGNED * ALIGNED
     if len(flat) <= most:
         _launch(peers, flat, gathered)
         return out
@@ -61,11 +69,9 @@ def gather(peers: Peers, x: Tensor) -> Tensor:
 
 
 def _launch(peers: Peers, flat: Tensor, out: Tensor) -> None:
-    row_numbers = peers.row_bytes // flat.itemsize
-    each = max(triton.cdiv(len(flat), peers.rows), LEAST_BYTES // flat.itemsize)
-    each = min(triton.cdiv(each, 16) * 16, row_numbers)  # so that every piece begins where a wide load may
+    each = max(triton.cdiv(triton.cdiv(len(flat), PROGRAMS), ALIGNED) * ALIGNED, LEAST_WORDS)
     block = triton.next_power_of_2(each)
     _gather_piece[(triton.cdiv(len(flat), each),)](
-        flat, out, peers.parts, peers.words, peers.turns, peers.given_up, peers.rank, peers.rows,
-        row_numbers, len(flat), each, RANKS=peers.size, BLOCK=block, TRIES=TRIES, num_warps=warps_for(block),
+        flat, out, peers.inboxes, peers.turns, peers.given_up, len(flat), each, peers.packets, peers.rank,
+        RANKS=peers.size, BLOCK=block, TRIES=TRIES, PROGRAMS=PROGRAMS, num_warps=warps_for(block),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from workers.execution.gpu import chunks
 from workers.execution.gpu import runner as gpu_runner
 from workers.execution.gpu.graphs import Launch
 from workers.kernels.rows import reduce
-from workers.kernels.rows.peers import Peers
+from workers.kernels.rows.peers import PROGRAMS, Peers
 from workers.model.config.architectures import read_config
 from workers.model.gpu import fused
 from workers.model.layers import experts
@@ -172,11 +172,10 @@ def test_what_sums_through_the_ranks_memory_gives_the_same_tokens(checkpoint: Pa
     expected = build_stepped(checkpoint, 0, attention="triton", cuda_graphs=False)
     leases = expected.generate(WORKS[:2])
     expected.close()
-    rows, row_bytes, used = 1, 32 * 4, list[bool]()
-    parts, sums = torch.zeros(2, rows, row_bytes, dtype=torch.uint8), torch.zeros(2, rows, row_bytes, dtype=torch.uint8)
-    words, turns, given_up = (torch.zeros(size, dtype=torch.int32) for size in (2 * rows, rows, 1))
-    at_parts, at_sums, at_words = (torch.tensor([tensor.data_ptr()]) for tensor in (parts, sums, words))
-    peers = Peers(0, 1, rows, row_bytes, at_parts, at_sums, at_words, turns, given_up.data_ptr())
+    packets, used = 32, list[bool]()
+    inbox, given_up = torch.zeros(2, packets, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    turns = torch.zeros(PROGRAMS, dtype=torch.int32)
+    peers = Peers(0, 1, packets, torch.tensor([inbox.data_ptr()]), turns, given_up.data_ptr())
 
     def takes(peers: Peers, x: torch.Tensor) -> bool:
         used.append(reduce.takes(peers, x))

@@ -15,15 +15,15 @@ pytest.importorskip("triton")
 from tests.workers.kernels.devices import CUDA
 from workers.kernels.rows.gather import gather
 from workers.kernels.rows.norm import add_rms_norm
-from workers.kernels.rows.peers import Peers
+from workers.kernels.rows.peers import PROGRAMS, Peers
 from workers.kernels.rows.reduce import sum_add_rms_norm, sum_all, sum_rows, takes
 from workers.parallel.in_process import sum_in_rank_order
 
 pytestmark = pytest.mark.skipif(CUDA, reason="ranks with GPUs of their own meet in tests/gpu")
 
 SPAWN = get_context("spawn")
-ROWS, ROW_BYTES = 4, 96 * 4
-CASES = [(1, 96, torch.float32), (3, 33, torch.float32), (4, 64, torch.bfloat16), (2, 5, torch.float16), (4, 96, torch.float32)]
+ROWS, PACKETS = 4, 3 * 4 * 96
+CASES = [(1, 96, torch.float32), (3, 33, torch.float32), (4, 95, torch.bfloat16), (2, 5, torch.float16), (4, 96, torch.float32)]
 """Rows and width: all of the room, shares that do not divide evenly, fewer rows than before and more again."""
 
 TRUNCATED = {torch.bfloat16: 2.0**-6}
@@ -35,30 +35,21 @@ SUMMED = 8.0
 class Memory:
     """What one rank lets the others see."""
 
-    parts: Tensor
-    sums: Tensor
-    words: Tensor
+    inbox: Tensor
     given_up: Tensor
 
     @classmethod
-    def shared(cls, size: int, first: int) -> "Memory":
-        places = (2 * ROWS * ROW_BYTES,)
-        tensors = (
-            torch.full(places, 255, dtype=torch.uint8), torch.full(places, 255, dtype=torch.uint8),  # NaN, whatever the dtype
-            torch.full((ROWS, size), first, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
-        )  # fmt: skip
+    def shared(cls, first: int) -> "Memory":
+        old = first - 2  # which was the turn of what stands there: NaN, whatever the dtype
+        inbox = torch.full((2, PACKETS), (old << 32) | 0xFFFFFFFF, dtype=torch.int64)
+        tensors = inbox, torch.zeros(1, dtype=torch.int32)
         return cls(*(tensor.share_memory_() for tensor in tensors))  # type: ignore[no-untyped-call]
 
 
 def peers_of(rank: int, memories: list[Memory], first: int) -> Peers:
-    def addresses(name: str) -> Tensor:
-        return torch.tensor([getattr(memory, name).data_ptr() for memory in memories])
-
-    turns = torch.full((ROWS,), first, dtype=torch.int32)
-    return Peers(
-        rank, len(memories), ROWS, ROW_BYTES, addresses("parts"), addresses("sums"), addresses("words"), turns,
-        memories[rank].given_up.data_ptr(),
-    )  # fmt: skip
+    inboxes = torch.tensor([memory.inbox.data_ptr() for memory in memories])
+    turns = torch.full((PROGRAMS,), first, dtype=torch.int32)
+    return Peers(rank, len(memories), PACKETS, inboxes, turns, memories[rank].given_up.data_ptr())
 
 
 def part(rank: int, case: int) -> Tensor:
@@ -138,7 +129,7 @@ def run() -> Iterator[Run]:
     processes: list[Any] = []
 
     def start(size: int, job: Callable[..., None], first: int = 0) -> tuple[list[Any], list[Memory], list[Any]]:
-        memories = [Memory.shared(size, first) for _ in range(size)]
+        memories = [Memory.shared(first) for _ in range(size)]
         pipes = []
         for rank in range(size):
             here, there = SPAWN.Pipe()
@@ -206,7 +197,7 @@ def test_who_is_told_to_waits_no_more_for_a_rank_that_does_not_come(run: Run) ->
 
 
 def test_what_has_no_room_is_not_taken() -> None:
-    peers = peers_of(0, [Memory.shared(1, 0)], 0)
+    peers = peers_of(0, [Memory.shared(0)] * 3, 0)
     assert takes(peers, torch.empty(ROWS, 96))
     assert not takes(peers, torch.empty(ROWS + 1, 96))
     assert not takes(peers, torch.empty(ROWS, 97))
