@@ -18,6 +18,7 @@ from scheduler.protocol.sampling import SamplingParams
 from workers.execution.gpu.runner import GpuRunner
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Executor, Pending, StepTokens
+from workers.parallel.communicator import Communicator
 from workers.parallel.in_process import Solo
 from workers.process.build import build_rank
 
@@ -72,21 +73,23 @@ class _TimedPending:
 
 
 class BareLoop:
-    """One rank, built as a worker builds it, and stepped by hand. options: of `EngineConfig`."""
+    """One rank, built as a worker builds it, and stepped by hand. comm: of its group; None: it is alone. options: of
+    `EngineConfig`."""
 
-    def __init__(self, checkpoint: Path, **options: object) -> None:
-        config = EngineConfig(model=str(checkpoint), local=True, device="cuda", **options)  # type: ignore[arg-type]
+    def __init__(self, checkpoint: Path, comm: Communicator | None = None, device: str = "cuda", /, **options: object) -> None:
+        config = EngineConfig(model=str(checkpoint), local=True, device=device, **options)  # type: ignore[arg-type]
         self._config = config
         begun = time.perf_counter()
-        self._built = build_rank(config, resolve(config, "cuda"), Solo())
+        self._built = build_rank(config, resolve(config, device), comm or Solo())
         self.start_s = time.perf_counter() - begun
-        self._timed = self._built.rank.executor = Timed(self._built.rank.executor)
+        self.rank = self._built.rank
+        self._timed = self.rank.executor = Timed(self.rank.executor)
         self._serial = 1
 
     def run(self, work: Work) -> tuple[float, Timeline]:
         """Seconds for the work, and where they went."""
-        rank = self._built.rank
-        commands = self._starts(work)
+        rank = self.rank
+        commands = self.starts(work)
         timeline = self._timed.timeline = Timeline()
         torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -98,8 +101,8 @@ class BareLoop:
 
     def beside(self, work: Work, prompts: Work) -> list[float]:
         """Seconds of each step of `work`'s decodes while `prompts` come, each as soon as the one before has been computed."""
-        rank, streams = self._built.rank, len(work.prompts)
-        commands = self._starts(Work(work.prompts + prompts.prompts, work.lengths + prompts.lengths))
+        rank, streams = self.rank, len(work.prompts)
+        commands = self.starts(Work(work.prompts + prompts.prompts, work.lengths + prompts.lengths))
         waiting = list(reversed(commands[streams:]))
         rank.turn(commands[:streams])
         for _ in range(8):  # until all decode
@@ -118,15 +121,15 @@ class BareLoop:
 
     def decoding(self, work: Work) -> GpuRunner:
         """Runs it until all of its prompts decode: what executes the steps, in the midst of them."""
-        rank, rows = self._built.rank, len(work.prompts)
-        rank.turn(self._starts(work))
+        rank, rows = self.rank, len(work.prompts)
+        rank.turn(self.starts(work))
         runner = self._timed.executor
         assert isinstance(runner, GpuRunner), "on a GPU"
         while bool(runner._state.order[:rows].eq(runner._state.padding).any()):
             rank.turn([])
         return runner
 
-    def _starts(self, work: Work) -> list[Start]:
+    def starts(self, work: Work) -> list[Start]:
         """Row i runs prompt i. Errors: ValueError if the pool has too few blocks."""
         starts, block = [], 0
         for row, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
@@ -158,4 +161,4 @@ class BareLoop:
         )
 
     def close(self) -> None:
-        self._built.rank.close()
+        self.rank.close()

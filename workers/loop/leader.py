@@ -112,10 +112,7 @@ def lead(
             commands = [*commands, *reads.take()]
         if slept:
             reporter.wake()
-        rank.apply(commands)
-        held = rank.held()
-        feed.send(commands, held)
-        result = rank.step(held)
+        result = rank.step(turn(rank, feed, commands))
         if rank.batch.ended is not None:
             return rank.batch.ended
         if result is not None:
@@ -127,6 +124,22 @@ def lead(
                 link.send(Adapts(reporter.epoch, waited))
         for report in reporter.take(flush=rank.idle):
             link.send(report)
+
+
+def turn(rank: Rank, feed: PeerFeed, commands: Sequence[Command]) -> Sequence[int]:
+    """All but its step: the rows held, when the commands have been applied here and are on their way to the peers.
+
+    They are sent first, so that all ranks apply them at the same time, unless whom they hold is known only afterwards.
+    """
+    if rank.opens(commands):
+        rank.apply(commands)
+        held = rank.held()
+        feed.send(commands, held)
+    else:
+        held = rank.held()
+        feed.send(commands, held)
+        rank.apply(commands)
+    return held
 
 
 def abandon(rank: Rank, feed: PeerFeed) -> None:

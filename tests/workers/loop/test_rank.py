@@ -10,7 +10,7 @@ from scheduler.protocol.messages import FinishReason
 from tests.shared.simulated import SimulatedExecutor, continuation
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.leader import follow, lead
+from workers.loop.leader import follow, lead, turn
 from workers.loop.rank import Pending, Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
 
@@ -205,6 +205,27 @@ def test_a_row_whose_grammar_is_being_compiled_holds_up_nobody_on_any_rank(depth
     for name in ("lease", "known", "computed", "granted"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
     assert (leader.batch.full.ids == peer.batch.full.ids).all()
+
+
+def test_peers_are_told_before_the_leader_applies_unless_a_grammar_has_to_be_looked_at_first() -> None:
+    leader, recorder = rank(1)
+
+    class Noting(Feed):
+        def send(self, commands: Sequence[Command], held: Sequence[int]) -> None:
+            super().send(commands, held)
+            if commands:
+                recorder.calls.append(f"tell {[*held]}")
+
+    def told(*commands: Command) -> list[str]:
+        recorder.calls.clear()
+        leader.step(turn(leader, Noting(), commands))
+        return [call for call in recorder.calls if not call.startswith("execute")]
+
+    leader.grammars = None
+    assert told(start(lease(1, 0), tokens=2)) == ["tell []", "admit 0"]
+    leader.grammars = Compiling(1, 9)
+    assert told(start(lease(2, 1), tokens=2, grammar=DIGITS)) == ["admit 1", "tell [1]"]
+    assert told(Drop(lease(1, 0))) == ["tell [1]", "release 0"]
 
 
 def results(one: Rank, commands: list[Command], turns: int) -> list[StepResult]:
