@@ -55,7 +55,8 @@ DOORS = (
 
 
 ERROR_FILE = re.compile(r"^(\s*errorfile 50[234] ).*", re.MULTILINE)
-KNOWN_ROUTE = re.compile(r"^\s*use_backend (?!\w+_onward )", re.MULTILINE)
+KNOWN_ROUTE = re.compile(r"^\s*use_backend (?!\w+_onward |grpc_fallback_backend )", re.MULTILINE)
+"""Of an application: neither our own nor that to whom Serve lists applications, which is there before any of them."""
 NO_ROUTE = re.compile(r"^(backend default_backend\n\s*)http-request return status 404 .*", re.MULTILINE)
 UNAVAILABLE = (
     '{"error":{"message":"no replica can be reached now: try again soon","type":"server_error","param":null,"code":null}}'

