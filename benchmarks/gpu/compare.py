@@ -12,7 +12,8 @@
 Random Qwen3-shaped checkpoints in bf16, token ids in, end-of-text ignored, prefix cache on, 8,192 tokens a step, 256 sequences.
 Every work runs once to warm up, on prompts of another seed, and then `--rounds` times on prompts that no run has used; the
 median counts. `bare` is the step loop of one rank driven by hand, without scheduler and front end; `local` is
-`LLM(local=True)`, `ray` is `LLM` on Ray. With `--profile`, torch's profiler says how busy the device is meanwhile.
+`LLM(local=True)`, `ray` is `LLM` on Ray. Beside it: what share of the time the scheduler's process has a CPU. With
+`--profile`, torch's profiler says how busy the device is meanwhile.
 
     python -m benchmarks.gpu --models 0.6B,8B --engines bare,local,ray --json
 """
@@ -34,6 +35,7 @@ from benchmarks.gpu.works import Work
 from benchmarks.models.rounded import ensure_four_bits
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import names_of, positive
+from benchmarks.shared.processes import SCHEDULER, cpu_s, named
 from benchmarks.shared.report import figure, table
 
 ENGINES = ("bare", "local", "ray")
@@ -48,6 +50,8 @@ Figures = dict[str, float]
 
 class Engine(Protocol):
     start_s: float
+    breakdown: Figures
+    """Of the work that it ran last."""
 
     def run(self, work: Work) -> float:
         """Seconds."""
@@ -66,6 +70,8 @@ class Whole:
         begun = time.perf_counter()
         self._llm = LLM(str(checkpoint), local=not ray, device="cuda", **options)  # type: ignore[arg-type]
         self.start_s = time.perf_counter() - begun
+        self._schedulers = named(SCHEDULER) if ray else []
+        self.breakdown: Figures = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -77,9 +83,11 @@ class Whole:
             self._params(temperature=work.temperature, max_tokens=length, ignore_eos=True, seed=number)
             for number, length in enumerate(work.lengths)
         ]
-        begun = time.perf_counter()
+        cpu_before_s, begun = sum(map(cpu_s, self._schedulers)), time.perf_counter()
         outputs = self._llm.generate(work.prompts, params, lora=lora, progress=False)
         seconds = time.perf_counter() - begun
+        if self._schedulers:
+            self.breakdown = {"scheduler_busy": (sum(map(cpu_s, self._schedulers)) - cpu_before_s) / seconds}
         got = sum(len(output.outputs[0].token_ids) for output in outputs)
         if got != work.output_tokens:
             raise RuntimeError(f"{got} tokens came out where {work.output_tokens} were asked for")
@@ -125,9 +133,10 @@ def measure(engine: Engine, works: list[str], rounds: int, warm_up: bool = True)
         for key, series in values.items():
             figures[key] = statistics.median(series[warm_up:])
             print(f"  {key}: {figure(figures[key])}  ({', '.join(map(figure, series))})", file=sys.stderr, flush=True)
-        if isinstance(engine, Bare) and values:
+        if engine.breakdown and values:
             figures |= {f"{name}.{key}": value for key, value in engine.breakdown.items()}
-            print(f"  {name}: { {key: round(value) for key, value in engine.breakdown.items()} }", file=sys.stderr, flush=True)
+            told = ", ".join(f"{key} {figure(value)}" for key, value in engine.breakdown.items())
+            print(f"  {name}: {told}", file=sys.stderr, flush=True)
     return figures
 
 

@@ -64,6 +64,13 @@ def alive(processes: Iterable[int]) -> set[int]:
     return {process for process in processes if (fields := _stat(process)) and fields[0] != "Z"}
 
 
+def cpu_s(process: int) -> float:
+    """Seconds of CPUs that it has had. Errors: ProcessLookupError if it has ended."""
+    if not (fields := _stat(process)):
+        raise ProcessLookupError(f"process {process} has ended")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def births(processes: Iterable[int]) -> dict[int, str]:
     """When each of those that run or are stopped began. Another may have its number later, and never that moment."""
     found = {process: _stat(process) for process in processes}
