@@ -103,6 +103,7 @@ SHAPES = {
     "8B-9": Shape(4096, 9, 32, 8, 128, 12_288, 151_936, tied=False),  # a quarter of its layers
     "30B-A3B": Shape(2048, 48, 32, 4, 128, 768, 151_936, tied=False, experts=128, per_token=8),
     "30B-A3B-12": Shape(2048, 12, 32, 4, 128, 768, 151_936, tied=False, experts=128, per_token=8),  # a quarter of its layers
+    "70B": Shape(8192, 80, 64, 8, 128, 28_672, 128_256, tied=False),  # 141 GB: a host of two GPUs has them in /dev/shm
     "20B-A4B": Shape(2880, 24, 64, 8, 64, 2880, 201_088, False, 131_072, experts=32, per_token=4, gpt_oss=True),
 }
 
