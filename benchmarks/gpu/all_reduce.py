@@ -77,15 +77,17 @@ def ways(comm: Any, rows: int, width: int) -> dict[str, Callable[[], object]]:
 
 def kernels(peers: Any, rows: int, width: int) -> dict[str, Callable[[], object]]:
     """`OURS` of one rank."""
+    from workers.kernels.launch import may_start_early
     from workers.kernels.rows.gather import gather
     from workers.kernels.rows.reduce import sum_add_rms_norm, sum_rows
 
+    pdl = may_start_early(torch.device("cuda"))
     x, hidden, weight = nothing(rows, width), numbers(-1, rows, width), numbers(-2, 1, width)[0]
     return {
-        "one": lambda: sum_rows(peers, x, two_shot=False),
-        "two": lambda: sum_rows(peers, x, two_shot=True),
-        "one + norm": lambda: sum_add_rms_norm(peers, x, hidden, weight, EPS, two_shot=False),
-        "two + norm": lambda: sum_add_rms_norm(peers, x, hidden, weight, EPS, two_shot=True),
+        "one": lambda: sum_rows(peers, x, two_shot=False, pdl=pdl),
+        "two": lambda: sum_rows(peers, x, two_shot=True, pdl=pdl),
+        "one + norm": lambda: sum_add_rms_norm(peers, x, hidden, weight, EPS, two_shot=False, pdl=pdl),
+        "two + norm": lambda: sum_add_rms_norm(peers, x, hidden, weight, EPS, two_shot=True, pdl=pdl),
         "gather": lambda: gather(peers, x),
     }
 

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.launch import warps_for
+from workers.kernels.launch import interpreted, warps_for
 from workers.kernels.rows.peers import (
     PROGRAMS,
     TRIES,
@@ -46,13 +47,18 @@ ROW_BYTES = 16 << 10
 def _sum_row(x, out, hidden, weight, inboxes, turns, given_up, x_stride, out_stride, hidden_stride, eps, rank, rows,
              packets, RANKS: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, SHARE: tl.constexpr,
              BLOCK: tl.constexpr, SHARE_BLOCK: tl.constexpr, TWO_SHOT: tl.constexpr, NORM: tl.constexpr, TRIES: tl.constexpr,
-             PROGRAMS: tl.constexpr):  # fmt: skip
+             PROGRAMS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program sums one row over all ranks. ROW, SHARE: words that a row, or a rank's share of it, has in an inbox. BLOCK,
-    SHARE_BLOCK: numbers."""
+    SHARE_BLOCK: numbers. The next kernel may start when all has come, not before: it could take the place of a program that
+    another rank on this device waits for."""
     row = tl.program_id(0).to(tl.int64)
     kind: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
+    if NORM:
+        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
     turn = turn_of(turns)
     if TWO_SHOT:
         total = _two_shot(x + row * x_stride, row, inboxes, rows, packets, turn, given_up, rank, RANKS, WIDTH, SHARE, BLOCK,
@@ -60,13 +66,14 @@ def _sum_row(x, out, hidden, weight, inboxes, turns, given_up, x_stride, out_str
     else:
         mine = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
         total = _one_shot(mine, row, inboxes, rows, packets, turn, given_up, rank, RANKS, WIDTH, ROW, BLOCK, TRIES)
+    if PDL:
+        gdc_launch_dependents()
     end_turn(turns, turn, PROGRAMS)
     if NORM:
         value = tl.load(hidden + row * hidden_stride + at, mask=inside, other=0.0).to(tl.float32) + total.to(tl.float32)
         rounded = value.to(kind)
         tl.store(hidden + row * hidden_stride + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
-        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         power = tl.sum(value * value, 0) / WIDTH
         total = (value * tl.rsqrt(power + eps) * scale).to(kind)
     tl.store(out + row * out_stride + at, total, mask=inside)
@@ -159,19 +166,19 @@ def sum_all(peers: Peers, x: Tensor) -> None:
         sum_rows(peers, flat[None, whole:])
 
 
-def sum_rows(peers: Peers, x: Tensor, *, two_shot: bool | None = None) -> Tensor:
+def sum_rows(peers: Peers, x: Tensor, *, two_shot: bool | None = None, pdl: bool = False) -> Tensor:
     """x [rows, width] of every rank -> their sum, in x. All ranks call it with the same shape, and all alike.
 
     two_shot: None for what pays.
     """
-    return _launch(peers, x, x, x, x, 0.0, two_shot, norm=False)
+    return _launch(peers, x, x, x, x, 0.0, two_shot, pdl, norm=False)
 
 
 def sum_add_rms_norm(
-    peers: Peers, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, *, two_shot: bool | None = None
-) -> Tensor:
+    peers: Peers, x: Tensor, hidden: Tensor, weight: Tensor, eps: float, *, two_shot: bool | None = None, pdl: bool = False
+) -> Tensor:  # fmt: skip
     """As `sum_rows`, then as `add_rms_norm`: hidden [rows, width] += the sum, in place -> the norm of that, [rows, width]."""
-    return _launch(peers, x, torch.empty_like(hidden), hidden, weight, eps, two_shot, norm=True)
+    return _launch(peers, x, torch.empty_like(hidden), hidden, weight, eps, two_shot, pdl, norm=True)
 
 
 def _form(peers: Peers, x: Tensor, two_shot: bool | None = None) -> tuple[int, int, bool]:
@@ -194,8 +201,10 @@ def _most_rows(peers: Peers, row: int, share: int, two_shot: bool) -> int:
 
 
 def _launch(
-    peers: Peers, x: Tensor, out: Tensor, hidden: Tensor, weight: Tensor, eps: float, two_shot: bool | None, *, norm: bool
-) -> Tensor:
+    peers: Peers, x: Tensor, out: Tensor, hidden: Tensor, weight: Tensor, eps: float, two_shot: bool | None, pdl: bool, *,
+    norm: bool,
+) -> Tensor:  # fmt: skip
+    pdl = pdl and not interpreted()
     rows, width = x.shape
     assert x.stride(1) == 1
     row, share, two_shot = _form(peers, x, two_shot)
@@ -206,6 +215,6 @@ def _launch(
             eps, peers.rank, rows, peers.packets, RANKS=peers.size, WIDTH=width, ROW=row, SHARE=share,
             BLOCK=max(2, triton.next_power_of_2(width)),
             SHARE_BLOCK=triton.next_power_of_2(share * WORD_BYTES // x.itemsize), TWO_SHOT=two_shot, NORM=norm, TRIES=TRIES,
-            PROGRAMS=PROGRAMS, num_warps=warps_for(width),
+            PROGRAMS=PROGRAMS, PDL=pdl, num_warps=warps_for(width), launch_pdl=pdl,
         )  # fmt: skip
     return out

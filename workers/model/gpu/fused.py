@@ -233,7 +233,7 @@ class FusedDecoder:
         `weight` if given."""
         peers = self._comm.peers
         if peers is not None and takes(peers, part):
-            return sum_add_rms_norm(peers, part, hidden, norm, self._eps)
+            return sum_add_rms_norm(peers, part, hidden, norm, self._eps, pdl=self._pdl)
         part = self._comm.all_reduce(part)
         if weight is not None:
             return rounded_norm(hidden, norm, self._eps, weight.group, part, pdl=self._pdl)
