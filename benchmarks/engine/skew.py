@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from benchmarks.gpu.works import Work
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import positive
 from benchmarks.shared.ports import free_ports
+from benchmarks.shared.ranks import ranks_of
 from benchmarks.shared.report import table
 from scheduler.protocol.leaders import Command, End, Start
 from scheduler.protocol.wire import listen
@@ -36,7 +36,6 @@ HOST, TOKEN = "127.0.0.1", "benchmark"
 PATIENCE_S = 600.0
 AFTER = 4
 """Steps that a late one may hold up, itself included."""
-SPAWN = get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,59 +137,51 @@ def run_rank(rank: int, asked: Asked, store: int, pipe: Connection) -> None:
 
 def lead(loop: Any, feed: Any, work: Work) -> float:
     """Seconds of it."""
-    from workers.loop.leader import turn
+    from workers.loop.leader import begin_turn
 
     commands: list[Command] = list(loop.starts(work))
     begun_s = time.monotonic()
     while True:
-        loop.rank.step(turn(loop.rank, feed, commands))
+        loop.rank.step(begin_turn(loop.rank, feed, commands))
         commands = []
         if loop.rank.idle:
             return time.monotonic() - begun_s
 
 
 def measure(asked: Asked) -> dict[str, dict[str, float]]:
+    """By work."""
     [store] = free_ports(1)
-    pipes, processes = [], []
-    for rank in range(asked.ranks):
-        here, there = SPAWN.Pipe()
-        processes.append(SPAWN.Process(target=run_rank, args=(rank, asked, store, there), daemon=True))
-        processes[-1].start()
-        there.close()
-        pipes.append(here)
-    try:
+    with ranks_of(asked.ranks, run_rank, asked, store) as pipes:
         port = pipes[0].recv()
         for pipe in pipes:
             pipe.send(port)
         (launched_s, took_s), *peers_s = [pipe.recv() for pipe in pipes]
-        for pipe in pipes:
-            pipe.send("done")
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    figures = {}
-    for name in asked.works:
-        phases = [number for number, (work, _) in enumerate(asked.phases) if work == name][1:]
-        on_time, late = phases[::2], phases[1::2]
-        apart_s = [skews_s(launched_s[number], [each[number] for each in peers_s]) for number in on_time]
-        skews = sorted(1e6 * skew for phase in apart_s for skew in phase)
-        steps = len(launched_s[on_time[0]])
-        turns = range(asked.every - 1, steps - AFTER, asked.every)
-        usual_s, late_s = (
-            [statistics.median(around_s(launched_s[number], turn) for number in numbers) for turn in turns]
-            for numbers in (on_time, late)
-        )
-        figures[name] = {
-            "steps": steps,
-            "step_ms": 1e3 * statistics.median(took_s[number] for number in on_time) / steps,
-            "skew_p50_us": skews[len(skews) // 2],
-            "skew_p99_us": skews[len(skews) * 99 // 100],
-            "skew_first_us": 1e6 * statistics.median(phase[0] for phase in apart_s),
-            "late_ms": 1e3 * asked.late_s,
-            "added_ms": 1e3 * statistics.median(late - usual for late, usual in zip(late_s, usual_s, strict=True)),
-        }
-    return figures
+    return {work: figures_of(work, asked, launched_s, took_s, peers_s) for work in asked.works}
+
+
+def figures_of(
+    name: str, asked: Asked, launched_s: list[list[float]], took_s: list[float], peers_s: list[list[list[float]]]
+) -> dict[str, float]:  # fmt: skip
+    """launched_s, took_s: the leader's, by phase; peers_s: launches of each other rank."""
+    phases = [number for number, (work, _) in enumerate(asked.phases) if work == name][1:]
+    on_time, late = phases[::2], phases[1::2]
+    apart_s = [skews_s(launched_s[number], [each[number] for each in peers_s]) for number in on_time]
+    skews = sorted(1e6 * skew for phase in apart_s for skew in phase)
+    steps = len(launched_s[on_time[0]])
+    turns = range(asked.every - 1, steps - AFTER, asked.every)
+    usual_s, late_s = (
+        [statistics.median(around_s(launched_s[number], turn) for number in numbers) for turn in turns]
+        for numbers in (on_time, late)
+    )
+    return {
+        "steps": steps,
+        "step_ms": 1e3 * statistics.median(took_s[number] for number in on_time) / steps,
+        "skew_p50_us": skews[len(skews) // 2],
+        "skew_p99_us": skews[len(skews) * 99 // 100],
+        "skew_first_us": 1e6 * statistics.median(phase[0] for phase in apart_s),
+        "late_ms": 1e3 * asked.late_s,
+        "added_ms": 1e3 * statistics.median(late - usual for late, usual in zip(late_s, usual_s, strict=True)),
+    }
 
 
 def around_s(launched_s: Sequence[float], step: int) -> float:

@@ -16,18 +16,18 @@ their own: sizes for which that is not sure are left out.
 import argparse
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.shared.options import positive
+from benchmarks.shared.ports import free_ports
+from benchmarks.shared.ranks import ranks_of
 from benchmarks.shared.report import table
 
 SIZES = [(rows, width) for width in (1024, 4096, 8192) for rows in (1, 8, 32, 64, 128)]
@@ -260,23 +260,9 @@ def main() -> None:
 
 
 def measure_processes(ranks: int) -> Figures:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    context, pipes, processes = get_context("spawn"), [], []
-    for rank in range(ranks):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=measure_rank, args=(rank, ranks, address, there), daemon=True))
-        processes[-1].start()
-        there.close()
-        pipes.append(here)
-    try:
+    [port] = free_ports(1)
+    with ranks_of(ranks, measure_rank, ranks, f"127.0.0.1:{port}") as pipes:
         told = [pipe.recv() for pipe in pipes]
-        for pipe in pipes:
-            pipe.send("done")
-    finally:
-        for process in processes:
-            process.join(30)
-            process.kill()
     figures: Figures | str = told[0]
     if isinstance(figures, str):
         raise SystemExit(figures)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from scheduler.protocol.leaders import Adapts, Command, Moved, Refused, Report
+from scheduler.protocol.leaders import Adapts, Command, Moved, Refused, Report, Start
 from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
@@ -112,7 +112,7 @@ def lead(
             commands = [*commands, *reads.take()]
         if slept:
             reporter.wake()
-        result = rank.step(turn(rank, feed, commands))
+        result = rank.step(begin_turn(rank, feed, commands))
         if rank.batch.ended is not None:
             return rank.batch.ended
         if result is not None:
@@ -126,12 +126,13 @@ def lead(
             link.send(report)
 
 
-def turn(rank: Rank, feed: PeerFeed, commands: Sequence[Command]) -> Sequence[int]:
+def begin_turn(rank: Rank, feed: PeerFeed, commands: Sequence[Command]) -> Sequence[int]:
     """All but its step: the rows held, when the commands have been applied here and are on their way to the peers.
 
-    They are sent first, so that all ranks apply them at the same time, unless whom they hold is known only afterwards.
+    They are sent first, so that all ranks apply them at the same time; whether a row that comes with a grammar is held is known
+    only when it has been admitted.
     """
-    if rank.opens(commands):
+    if any(isinstance(command, Start) and command.params.grammar is not None for command in commands):
         rank.apply(commands)
         held = rank.held()
         feed.send(commands, held)

@@ -150,10 +150,6 @@ class Rank:
             elif isinstance(command, Movement) and self.mover is not None:
                 self.mover.take(command)
 
-    def opens(self, commands: Iterable[Command]) -> bool:
-        """Whether one of them has a grammar that is to be compiled."""
-        return any(isinstance(command, Start) and command.params.grammar is not None for command in commands)
-
     def held(self) -> tuple[int, ...]:
         """Rows that are to take no sample in the next step: the leader's word, for all ranks, which compile side by side but
         not equally fast."""

@@ -10,7 +10,7 @@ from scheduler.protocol.messages import FinishReason
 from tests.shared.simulated import SimulatedExecutor, continuation
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.leader import follow, lead, turn
+from workers.loop.leader import begin_turn, follow, lead
 from workers.loop.rank import Pending, Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
 
@@ -218,7 +218,7 @@ def test_peers_are_told_before_the_leader_applies_unless_a_grammar_has_to_be_loo
 
     def told(*commands: Command) -> list[str]:
         recorder.calls.clear()
-        leader.step(turn(leader, Noting(), commands))
+        leader.step(begin_turn(leader, Noting(), commands))
         return [call for call in recorder.calls if not call.startswith("execute")]
 
     leader.grammars = None

@@ -21,15 +21,15 @@ ALIGNED = 16
 
 
 @triton.jit(do_not_specialize=["rank"])
-def _gather_piece(x, out, inboxes, turns, given_up, words, each, packets, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+def _gather_piece(x, out, inboxes, turns, given_up, words, each, apart, packets, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr,
                   TRIES: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
-    """One program copies one piece of every rank. words: x; each: a piece."""
+    """One program copies one piece of every rank. words: x; each: a piece; apart: from one rank's to the next one's in an
+    inbox, in packets."""
     within = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * each + within
     inside = (within < each) & (at < words)
     turn = turn_of(turns)
     mine = tl.load(x + at, mask=inside, other=0)
-    apart = tl.cdiv(words, 16).to(tl.int64) * 16
     for ahead in tl.static_range(1, RANKS):
         send(inbox_of(inboxes, (rank + ahead) % RANKS, packets, turn) + rank * apart + at, mine, inside, turn)
     own = inbox_of(inboxes, rank, packets, turn) + at
@@ -37,11 +37,11 @@ def _gather_piece(x, out, inboxes, turns, given_up, words, each, packets, rank, 
     for ahead in tl.static_range(1, RANKS):
         looks = looks + (look(own + (rank + ahead) % RANKS * apart, inside),)  # type: ignore[assignment]  # noqa: RUF005
     to = out + at
-    tl.store(to + rank * words.to(tl.int64), mine, mask=inside)
+    tl.store(to + rank.to(tl.int64) * words, mine, mask=inside)
     for ahead in tl.static_range(1, RANKS):
         peer = (rank + ahead) % RANKS
         came = receive(looks[ahead - 1], own + peer * apart, inside, turn, given_up, TRIES)
-        tl.store(to + peer * words.to(tl.int64), came, mask=inside)
+        tl.store(to + peer.to(tl.int64) * words, came, mask=inside)
     end_turn(turns, turn, PROGRAMS)
 
 
@@ -69,9 +69,13 @@ def gather(peers: Peers, x: Tensor) -> Tensor:
 
 
 def _launch(peers: Peers, flat: Tensor, out: Tensor) -> None:
-    each = max(triton.cdiv(triton.cdiv(len(flat), PROGRAMS), ALIGNED) * ALIGNED, LEAST_WORDS)
+    each = max(_aligned(triton.cdiv(len(flat), PROGRAMS)), LEAST_WORDS)
     block = triton.next_power_of_2(each)
     _gather_piece[(triton.cdiv(len(flat), each),)](
-        flat, out, peers.inboxes, peers.turns, peers.given_up, len(flat), each, peers.packets, peers.rank,
-        RANKS=peers.size, BLOCK=block, TRIES=TRIES, PROGRAMS=PROGRAMS, num_warps=warps_for(block),
+        flat, out, peers.inboxes, peers.turns, peers.given_up, len(flat), each, _aligned(len(flat)),
+        peers.packets, peers.rank, RANKS=peers.size, BLOCK=block, TRIES=TRIES, PROGRAMS=PROGRAMS, num_warps=warps_for(block),
     )  # fmt: skip
+
+
+def _aligned(words: int) -> int:
+    return int(triton.cdiv(words, ALIGNED)) * ALIGNED
