@@ -198,7 +198,7 @@ class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
     )
     cuda_graphs: bool = option(True, "Capture decode steps on a GPU as CUDA graphs; off: launch by launch, for debugging.")
     custom_all_reduce: bool = option(
-        False, "Sum small messages of a group's GPUs by one kernel over each other's memory, not by NCCL; they are of one host."
+        True, "Small sums of one host's GPUs by a kernel over each other's memory, where a trial of it is right; off: by NCCL."
     )
     abandoned_after_s: float = 60.0
     """Of nobody saying that there is a scheduler, or will be: then a group ends itself."""

@@ -38,6 +38,10 @@ def _length(value: Any) -> Any:
     return None if value in (-1, "auto") else value
 
 
+def _opposite(value: Any) -> Any:
+    return not value if isinstance(value, bool) else value
+
+
 def _tokenizer(translation: Translation, path: str, value: Any) -> None:
     if value != translation.model:
         refuse(path, value, f"the tokenizer is the checkpoint's own: put its files beside the weights, in {translation.model}")
@@ -84,7 +88,8 @@ TRANSLATED: dict[str, Reading] = {
     "gpu_memory_utilization": engine("gpu_memory_fraction"),
     "kv_cache_memory_bytes": engine("kv_memory"),
     "swap_space": engine("host_kv_memory", _gib),
-    "enforce_eager": engine("cuda_graphs", lambda value: not value if isinstance(value, bool) else value),
+    "enforce_eager": engine("cuda_graphs", _opposite),
+    "disable_custom_all_reduce": engine("custom_all_reduce", _opposite),
     "attention_backend": one_of(ATTENTION, engine, "attention", "leave it out: the fastest that fits is taken"),
     "chat_template": serve("chat_template"),
     "tool_call_parser": one_of(
@@ -139,7 +144,6 @@ CHANGES_NOTHING: dict[str, Reading] = {
     "disable_log_requests": idle("requests are logged only with request_log"),
     "enable_prompt_tokens_details": idle("cached_tokens is always told"),
     "chat_template_content_format": idle("contents are given to the template as it reads them"),
-    "disable_custom_all_reduce": idle("all-reduce is chosen by the hardware"),
     "disable_cascade_attn": idle("attention is Manta's choice"),
     "max_parallel_loading_workers": idle("each rank reads its own part of the weights"),
     "guided_decoding_backend": grammar_backend,

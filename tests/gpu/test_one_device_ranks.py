@@ -6,7 +6,7 @@ Steps, graphs included, meet in kernels over joined memory alone. Ranks take tur
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from tests.gpu.works import DEVICE, GPU, mixture
 from tests.workers.parallel.test_parallel import free_address
@@ -23,6 +24,7 @@ pytestmark = GPU
 
 SPAWN = get_context("spawn")
 PATIENCE_S = 240.0
+TRIAL_S = 20.0
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "kv_memory": 1 << 26}
 COUNT, TOKENS = 6, 10
 LAST_TURN = 6
@@ -65,16 +67,30 @@ def run_rank(rank: int, size: int, address: str, path: Path, goes: bool, pipe: P
     pipe.recv()
 
 
-class Ranks:
-    """So many processes; what each says."""
+def try_memory(rank: int, size: int, address: str, what: str, pipe: Pipe) -> None:
+    """what: the last rank does not come to the trial, or brings other numbers than it should."""
+    from workers.kernels.rows.reduce import sum_all
+    from workers.parallel import peer_memory
 
-    def __init__(self, size: int, path: Path, goes: bool) -> None:
+    host, port = address.rsplit(":", 1)
+    memory = peer_memory.PeerMemory(rank, size, TCPStore(host, int(port), size, rank == 0), torch.device(DEVICE, 0))
+    last = rank == size - 1
+    if last and what == "is wrong":
+        vars(peer_memory)["sum_all"] = lambda peers, x: sum_all(peers, x.neg_())
+    pipe.send("" if last and what == "stays away" else memory.fault(TRIAL_S))
+    pipe.recv()
+
+
+class Ranks:
+    """So many processes, each of which runs main(rank, size, address, *args, pipe); what each says."""
+
+    def __init__(self, size: int, main: Callable[..., None], *args: object) -> None:
         address = free_address()
         self.pipes: list[Pipe] = []
         self.processes: list[Any] = []
         for rank in range(size):
             here, there = SPAWN.Pipe()
-            self.processes.append(SPAWN.Process(target=run_rank, args=(rank, size, address, path, goes, there), daemon=True))
+            self.processes.append(SPAWN.Process(target=main, args=(rank, size, address, *args, there), daemon=True))
             self.processes[-1].start()
             there.close()
             self.pipes.append(here)
@@ -90,11 +106,11 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(model: Path) -> Iterator[Any]:
+def ranks() -> Iterator[Any]:
     made: list[Ranks] = []
 
-    def make(size: int, *, goes: bool = False) -> Ranks:
-        made.append(Ranks(size, model, goes))
+    def make(*args: Any) -> Ranks:
+        made.append(Ranks(*args))
         return made[-1]
 
     yield make
@@ -104,7 +120,7 @@ def ranks(model: Path) -> Iterator[Any]:
 
 def test_two_ranks_say_what_one_says(ranks: Any, model: Path) -> None:
     """float32, greedy and every way of sampling, with graphs and without; to the same bits on both ranks."""
-    both = ranks(2)
+    both = ranks(2, run_rank, model, False)
     told = [both.told(rank) for rank in range(2)]
     alone = Stepped(model, device=DEVICE, **OPTIONS)
     wanted = [lease.tokens for lease in alone.generate(mixture(COUNT, TOKENS))]
@@ -114,8 +130,8 @@ def test_two_ranks_say_what_one_says(ranks: Any, model: Path) -> None:
         assert eager == wanted
 
 
-def test_a_rank_that_is_killed_in_its_midst_ends_the_others_steps(ranks: Any) -> None:
-    both = ranks(2, goes=True)
+def test_a_rank_that_is_killed_in_its_midst_ends_the_others_steps(ranks: Any, model: Path) -> None:
+    both = ranks(2, run_rank, model, True)
     assert [both.told(rank) for rank in range(2)] == ["built", "built"]
     both.processes[1].join(PATIENCE_S)
     assert both.processes[1].exitcode == -9
@@ -124,3 +140,15 @@ def test_a_rank_that_is_killed_in_its_midst_ends_the_others_steps(ranks: Any) ->
     both.pipes[0].send("a peer has gone")
     assert "a peer has gone" in both.told(0)
     print(f"its step ended {1e3 * (time.monotonic() - begun_s):.0f} ms after it was told")
+
+
+@pytest.mark.parametrize(
+    ("what", "faults"),
+    [("is right", ("", "")), ("is wrong", ("not those that", "not those that")), ("stays away", ("had not ended", ""))],
+)
+def test_a_trial_of_joined_memory_tells_what_is_wrong(ranks: Any, what: str, faults: tuple[str, str]) -> None:
+    both = ranks(2, try_memory, what)
+    for rank, fault in enumerate(faults):
+        said = both.told(rank)
+        assert fault in said
+        assert bool(fault) == bool(said)

@@ -1,4 +1,5 @@
-"""The resident batch on the device: host edits are scattered into it, and a decode step's inputs are gathered from it.
+"""The resident batch on the device: host edits are scattered into it, a decode step's inputs are gathered from it, and the
+tokens of a step are told to the host.
 
 Triton; on the CPU under its interpreter. Beside each kernel its reference in torch stands in the tests.
 """
@@ -8,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 EDITS_A_PROGRAM = 256
+TOLD_BY_A_PROGRAM = 256
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -24,6 +26,21 @@ def scatter(state: Tensor, edits: Tensor, count: int) -> None:
     Places that stand twice must bring the same value.
     """
     _scatter[(triton.cdiv(count, EDITS_A_PROGRAM),)](state, edits, count, BLOCK=EDITS_A_PROGRAM)
+
+
+@triton.jit(do_not_specialize=["tokens", "host", "count"])
+def _tell(tokens, host, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(host + at, tl.load(tokens + at, mask=at < count), mask=at < count)
+
+
+def tell(tokens: Tensor, host: Tensor) -> None:
+    """tokens [n] int32 -> the first n of host, int32 in pinned memory; seen there once what follows on the stream has ended.
+
+    A copy would do the same, behind whatever else is on its way to the host: the blocks of an offload, for one.
+    """
+    count = len(tokens)
+    _tell[(triton.cdiv(count, TOLD_BY_A_PROGRAM),)](tokens, host, count, BLOCK=TOLD_BY_A_PROGRAM)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def connect(
 
     address: "host:port" that rank 0 opens and all can reach. host: what tells this rank's host from others; by default
     found out. timeout_s: for the rendezvous, and for each collective until `wait_at_most`. custom_all_reduce: of GPUs of one
-    host, small sums by a kernel of our own.
+    host, small sums by a kernel of our own, if a trial of it is right.
     Errors: PeerLost if a rank does not come in time.
     """
     if size == 1:
@@ -58,10 +58,10 @@ def connect(
         if device.type == "cuda" and together and _share_a_device(rank, size, store, device):
             from workers.parallel.one_device import OneDeviceGroup  # brings triton
 
-            return OneDeviceGroup(rank, size, store, device)
+            return OneDeviceGroup(rank, size, store, device, timeout_s)
         joined = TorchGroup(rank, size, store, device, timeout_s)
         if custom_all_reduce and device.type == "cuda":
-            joined.memory = _join_memory(rank, size, store, device) if together else None
+            joined.memory = join_memory(rank, size, store, device, timeout_s) if together else None
         return joined
     except PeerLost:
         raise
@@ -190,8 +190,8 @@ def _share_a_device(rank: int, size: int, store: Store, device: torch.device) ->
     return len(set(_exchange(rank, size, store, "device", uuid))) < size
 
 
-def _join_memory(rank: int, size: int, store: Store, device: torch.device) -> "PeerMemory | None":
-    """The GPUs' memory, or None, on all ranks alike, if one of them does not reach it."""
+def join_memory(rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> "PeerMemory | None":
+    """The GPUs' memory, or None, on all ranks alike, if one of them does not reach it, or sums through it come out wrong."""
     from workers.parallel.peer_memory import PeerMemory  # brings triton
 
     memory, reason = None, ""
@@ -199,10 +199,12 @@ def _join_memory(rank: int, size: int, store: Store, device: torch.device) -> "P
         memory = PeerMemory(rank, size, store, device)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-    missing = [why for why in _exchange(rank, size, store, "peers", reason) if why]
+    faults = [why for why in _exchange(rank, size, store, "peers", reason) if why]
+    if memory is not None and not faults:
+        faults = [why for why in _exchange(rank, size, store, "sums", memory.fault(timeout_s / 2)) if why]
     if rank == 0:
-        logger.info("small sums by %s", f"NCCL: {missing[0]}" if missing else "a kernel over the ranks' joined memory")
-    return None if missing else memory
+        logger.info("small sums by %s", f"NCCL: {faults[0]}" if faults else "a kernel over the ranks' joined memory")
+    return None if faults else memory
 
 
 def _share_memory(rank: int, size: int, store: Store, timeout_s: float) -> SharedMemoryGroup | None:

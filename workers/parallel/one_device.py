@@ -14,13 +14,16 @@ from workers.parallel.peer_memory import PeerMemory
 
 
 class OneDeviceGroup:
-    """Every rank makes one, at the same time. Errors: RuntimeError where their memory cannot be joined."""
+    """Every rank makes one, at the same time. Errors: RuntimeError where their memory cannot be joined, or a trial of it is not
+    over after patience_s, or wrong."""
 
-    def __init__(self, rank: int, size: int, store: Store, device: torch.device) -> None:
+    def __init__(self, rank: int, size: int, store: Store, device: torch.device, patience_s: float) -> None:
         self.rank, self.size = rank, size
         self._store = store  # rank 0 serves it, so it lives as long as the group
         self._reason = ""
         self._memory = PeerMemory(rank, size, store, device)
+        if fault := self._memory.fault(patience_s):
+            raise RuntimeError(f"kernels over joined memory: {fault}")
 
     @property
     def peers(self) -> Peers:

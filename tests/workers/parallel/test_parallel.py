@@ -16,7 +16,16 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from workers.parallel.communicator import Communicator
-from workers.parallel.connect import PeerLost, SharedMemoryGroup, Solo, ThreadGroup, TorchGroup, connect, sum_in_rank_order
+from workers.parallel.connect import (
+    PeerLost,
+    SharedMemoryGroup,
+    Solo,
+    ThreadGroup,
+    TorchGroup,
+    connect,
+    join_memory,
+    sum_in_rank_order,
+)
 from workers.parallel.shared_memory import create_segment, is_supported
 
 CPU = torch.device("cpu")
@@ -332,3 +341,35 @@ def test_nccl_alone() -> None:
     comm.abort("enough")
     with pytest.raises(PeerLost, match="enough"):
         comm.all_reduce(x)
+
+
+@pytest.mark.parametrize(
+    ("reached", "right"), [((True, True), (True, True)), ((True, False), (True, True)), ((True, True), (False, True))],
+    ids=["right", "one rank does not reach the other's memory", "one rank's sums are wrong"],
+)  # fmt: skip
+def test_ranks_sum_through_joined_memory_all_or_none(
+    reached: tuple[bool, bool], right: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer_memory = pytest.importorskip("workers.parallel.peer_memory")
+    tried = []
+
+    class Memory:
+        def __init__(self, rank: int, *_: object) -> None:
+            if not reached[rank]:
+                raise RuntimeError("no way there")
+            self.rank = rank
+
+        def fault(self, patience_s: float) -> str:
+            tried.append(patience_s)
+            return "" if right[self.rank] else "a number got lost"
+
+    monkeypatch.setattr(peer_memory, "PeerMemory", Memory)
+    store = HashStore()
+    with caplog.at_level("INFO"), ThreadPoolExecutor(2) as pool:
+        joined = list(pool.map(lambda rank: join_memory(rank, 2, store, CPU, 60.0), range(2)))
+    if all(reached) and all(right):
+        assert [memory and vars(memory)["rank"] for memory in joined] == [0, 1]
+    else:
+        assert joined == [None, None]
+        assert ("no way there" if not all(reached) else "a number got lost") in caplog.text
+    assert len(tried) == (2 if all(reached) else 0)

@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies from and to by itself, in turns, so that the host never waits for a copy it has just begun.
+"""Host memory that a GPU reads and writes by itself, in turns, so that the host never waits for what it has just begun.
 
 Imports torch and NumPy.
 """
@@ -16,7 +16,7 @@ Int32s = npt.NDArray[np.int32]
 class PinnedRing:
     """int32 buffers in host memory, used one after another; one is handed out again once the device is past its last use.
 
-    device: the other side of the copies; on a CPU there is nothing to pin or to wait for. depth: buffers. size: numbers in each
+    device: the other side; on a CPU there is nothing to pin or to wait for. depth: buffers. size: numbers in each
     at first; a larger demand makes that buffer larger, once.
     """
 
@@ -28,7 +28,7 @@ class PinnedRing:
         self._turn = -1
 
     def take(self, size: int) -> Tensor:
-        """[size] int32 host memory. `used` must follow the copy that reads or writes it."""
+        """[size] int32 host memory. `used` must follow what reads or writes it."""
         self._turn = (self._turn + 1) % len(self._buffers)
         if self._on_gpu:
             self._events[self._turn].synchronize()  # long past, unless the device is `depth` steps behind
@@ -37,7 +37,7 @@ class PinnedRing:
         return self._buffers[self._turn][:size]
 
     def used(self) -> Callable[[], None]:
-        """The copy has been launched. Returns what waits for it."""
+        """What reads or writes it has been launched. Returns what waits for that."""
         if not self._on_gpu:
             return lambda: None
         event = self._events[self._turn]

@@ -31,6 +31,7 @@ from workers.execution.gpu.pinned import PinnedRing
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pooling import PooledPrompt, Pooler
 from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.batch import tell
 from workers.loop.batch import NO_ADAPTER, Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.gpu.adapters import DeviceRows
@@ -171,6 +172,8 @@ class GpuRunner:
         """Decode steps of so many padding rows, launch by launch: before the first sequence, so that they are known to work."""
         for adapted in (False, True)[: 2 if self._lora_slots else 1]:
             self._decode_and_sample(size, adapted)
+        tell(self._decoded[:size], self._ring.take(size))
+        self._ring.used()
 
     @torch.inference_mode()
     def run_padded_prefill(self, tokens: int) -> None:
@@ -339,15 +342,16 @@ class GpuRunner:
         rows = step.plan.rows[samples]
         host, at = self._ring.take(len(samples)), 0
         for part in parts:
-            host[at : at + part.samples].copy_(part.out[: part.samples], non_blocking=True)
-            at += part.samples
+            if part.samples:
+                tell(part.out[: part.samples], host[at:])
+                at += part.samples
         logprobs = None
         if self._sampler.measures(rows):
             logprobs = self._sampler.measure([part.drawn() for part in parts], rows)
-        copied = self._ring.used()
+        told = self._ring.used()
 
         def arrived() -> None:
-            copied()
+            told()
             self._check()
 
         return DeviceTokens(step, samples, host, logprobs, prompts, arrived)
