@@ -40,9 +40,13 @@ EVERY: tuple[Way, ...] = (
     replace(BASE, rows=128, warps=8),
     replace(BASE, rows=128, warps=8, keys=128),
     replace(BASE, warps=8),
+    replace(BASE, shares=0, described=True),
+    replace(BASE, shares=2, described=True),
+    replace(BASE, shares=4, described=True),
 )
 CASES = (("1 x 4,096", [(4096, 4096)]), ("2 x 4,096", [(4096, 4096)] * 2), ("8 x 1,024", [(1024, 1024)] * 8),
-         ("2,048 after 30,000", [(2048, 32_048)]))  # fmt: skip
+         ("2,048 after 30,000", [(2048, 32_048)]), ("25 after 32,000", [(25, 32_025)]), ("256 after 32,000", [(256, 32_256)]),
+         ("8 x 25 after 4,000", [(25, 4025)] * 8))  # fmt: skip
 CHECKED = [(1, 700), (70, 70), (300, 1000), (257, 257), (5, 260), (128, 4096)]
 """(new tokens, context) of each chunk."""
 

@@ -19,6 +19,7 @@ from workers.kernels.attention.chunks import ChunkAttention
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import FEW_ROWS, SOME_ROWS
 from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.attention.tiles import Tiles
 from workers.kernels.heads.finite import finite
 from workers.kernels.heads.fp8 import stored
 from workers.kernels.heads.turn import HeadTurn
@@ -72,7 +73,7 @@ class TritonWriter:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    tiles: Tensor  # [tiles, 4] int32
+    tiles: Tiles
     contexts: Tensor  # [chunks] int32
     tables: Tensor  # [chunks, width] int32
 

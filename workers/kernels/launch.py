@@ -24,6 +24,7 @@ COPYING_GENERATIONS = (9, 10)
 ALIGNED_BYTES = 16  # of a row, for the copy engine
 WARPGROUP_GENERATION = 9
 FIRST_WITH_GLUON = (3, 6)  # as `attention/specialized.py` takes it
+INTERPRETED_PROCESSORS = 4
 INTERPRETED_BYTES = 227 << 10  # of shared memory, as a Hopper chip has them
 RESERVED_BYTES = 8 << 10  # for what is no stage
 
@@ -62,6 +63,14 @@ def has_warpgroups(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device)[0] == WARPGROUP_GENERATION
         and keys.VERSION >= FIRST_WITH_GLUON
     )
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache

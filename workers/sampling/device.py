@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scheduler.protocol.sampling import SamplingParams
+from workers.kernels.launch import processors
 from workers.kernels.sampling import marks
 from workers.kernels.sampling.record import FLAGS, PENALISED, STOPS_BARRED
 from workers.kernels.sampling.sample import Tables, Workspace, geometry, sample
@@ -50,9 +51,7 @@ class DeviceSampler:
         self._mask = torch.full((max_num_seqs + 1, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
         self._workspace = Workspace(samples, device)
         self._logprobs = np.full(max_num_seqs, logprobs.NOT_ASKED, np.int64)
-        self._processors = INTERPRETED_PROCESSORS
-        if device.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._processors = processors(device) if device.type == "cuda" else INTERPRETED_PROCESSORS
 
     @staticmethod
     def table_bytes(vocab_size: int, max_num_seqs: int) -> int:

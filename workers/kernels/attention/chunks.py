@@ -1,15 +1,16 @@
 """Causal attention of prefill chunks over blocks: all chunks of a step, however long, in one launch a layer.
 
 FlashAttention's tiles: so many query rows (tokens x the query heads that share a KV head) against spans of keys, of which
-only those at the diagonal, at the end and at the edge of a window carry masks; those before it are not read. The device makes
-the table of tiles itself; the launch geometry depends on the counts of tokens and sequences alone.
+only those at the diagonal, at the end and at the edge of a window carry masks; those before it are not read. Of few tiles the
+keys are cut into pieces, whose results the last one merges. The device makes the table of tiles or pieces itself (`tiles`);
+the launch geometry depends on the counts of tokens and sequences alone.
 
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcache.pool import KVPool
-from workers.kernels.attention.form import Form, plain_forms
+from workers.kernels.attention.form import Form, Reach, plain_forms
+from workers.kernels.attention.merge import merge_tile
 from workers.kernels.attention.spans import (
     LOG2_E,
     capped,
@@ -29,15 +31,13 @@ from workers.kernels.attention.spans import (
     span_bytes,
     span_kv,
 )
+from workers.kernels.attention.tiles import MOST_CUT_TILES, Tiles, cut_tiles, find_tiles
 from workers.kernels.heads.fp8 import query_for_fp8
-from workers.kernels.launch import copies_tiles, fitting_stages, has_warpgroups
+from workers.kernels.launch import copies_tiles, fitting_stages, has_warpgroups, processors
 
 if TYPE_CHECKING:
     from workers.kernels.attention.specialized import SpecializedChunks
 
-FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
-PLANNED_TILES = 64  # by one program of the plan
-PLANNED_SEQUENCES = 64  # that it looks at together
 DESCRIBED_DIM = 128  # of heads whose spans are copied faster by descriptors, by 5 to 10%; those of 64 are not
 
 
@@ -51,6 +51,8 @@ class ChunkConfig:
     warps: int = 4
     described: bool = False  # whole spans are copied by a tensor descriptor of the pool, where they lie within a block
     specialized: bool = False  # by `specialized`, which has 128 rows and two groups of four warps
+    shares: int = 1  # pieces wanted for each multiprocessor, where there are fewer programs than those
+    least: int = 8  # spans of a piece, at least
 
 
 SPECIALIZED = ChunkConfig(rows=128, keys=128, stages=2, warps=8, specialized=True)  # the best of three measured
@@ -88,37 +90,6 @@ def _measured(dtype: torch.dtype, head_dim: int) -> ChunkConfig:
     return ChunkConfig(rows=64 if head_dim <= 256 else 32, keys=keys, warps=8 if head_dim > 128 else 4)
 
 
-@triton.jit(do_not_specialize=["seqs"])
-def _plan(starts, contexts, tiles, seqs, TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, TILES: tl.constexpr):
-    """Each program finds TILES tiles; none waits for another. A tile past the last has sequence -1.
-
-    A sequence's last tile comes first: it sees the most keys, and long work should not begin last.
-    """
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    owner = tl.zeros([TILES], tl.int32)
-    before = tl.zeros([TILES], tl.int32)
-    planned = 0
-    for first in range(0, seqs, SEQUENCES):
-        seq = first + tl.arange(0, SEQUENCES)
-        there = seq < seqs
-        count = tl.load(starts + seq + 1, mask=there, other=0) - tl.load(starts + seq, mask=there, other=0)
-        mine = tl.cdiv(count, TOKENS)
-        past = ((planned + tl.cumsum(mine, 0))[None, :] <= tile[:, None]) & there[None, :]
-        owner += tl.sum(past.to(tl.int32), 1)
-        before += tl.sum(tl.where(past, mine[None, :], 0), 1)
-        planned += tl.sum(mine, 0)
-    exists = owner < seqs
-    start = tl.load(starts + owner, mask=exists, other=0)
-    count = tl.load(starts + owner + 1, mask=exists, other=0) - start
-    context = tl.load(contexts + owner, mask=exists, other=0)
-    first = (tl.cdiv(count, TOKENS) - 1 - (tile - before)) * TOKENS
-    at = tiles + tile * 4
-    tl.store(at, tl.where(exists, owner, -1))
-    tl.store(at + 1, first)
-    tl.store(at + 2, start + first)
-    tl.store(at + 3, context - count)
-
-
 @triton.jit
 def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
@@ -143,13 +114,14 @@ def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.c
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, spans_at, tables, tiles, contexts, sinks, out, layer, scale, value_scale, query_stride, table_stride,
-            out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
-            CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One program: one tile of query rows x one KV head. value_scale: of a pool in FP8, None for another. spans_at: a
-    descriptor of the pool, None where spans are read by pointers."""
-    at = tiles + tl.program_id(0) // KV_HEADS * 4
+def _attend(query, pool, spans_at, tables, tiles, contexts, sinks, out, partial, sums, counters, layer, scale, value_scale,
+            query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+            ROW: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr,
+            LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """One program: one tile of query rows x one KV head, or one of its pieces, where there is `partial`. value_scale: of a pool
+    in FP8, None for another. spans_at: a descriptor of the pool, None where spans are read by pointers."""
+    at = tiles + tl.program_id(0) // KV_HEADS * (4 if partial is None else 8)
     head = tl.program_id(0) % KV_HEADS
     seq = tl.load(at)
     if seq < 0:
@@ -172,27 +144,38 @@ def _attend(query, pool, spans_at, tables, tiles, contexts, sinks, out, layer, s
     if value_scale is not None:
         q = query_for_fp8(q)
     seen = before + first + token + 1
-    top, weight = first_peak(sinks, head * GROUP + rows % GROUP, rows < TOKENS * GROUP)
+    heads = head * GROUP + rows % GROUP
+    top, weight = first_peak(sinks, heads, rows < TOKENS * GROUP)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     table = tables + seq.to(tl.int64) * table_stride
     base = layer * (2 * KV_BLOCK)
     full = (before + first + 1) // KEYS  # spans that every row sees wholly, but for what lies before its window
     spans = tl.cdiv(before + first + last, KEYS)
     begin, lowest, least = 0, None, None
-    # a span's block is read one span ahead, as in a decode
     if WINDOW > 0 or CHUNK > 0:
         lowest = lowest_seen(before + first + token, WINDOW, CHUNK)
         least = lowest_seen(before + first, WINDOW, CHUNK)  # of the tile
+        begin = least // KEYS
+    if partial is not None:
+        piece = tl.load(at + 4)
+        pieces = tl.load(at + 5)
+        place = tl.load(at + 6) * KV_HEADS + head  # of the tile's first piece
+        if pieces > 1:  # the merge begins with the sinks
+            top, weight = first_peak(None, heads, rows < TOKENS * GROUP)
+        cut = spans - begin
+        spans = begin + (piece + 1) * cut // pieces
+        begin += piece * cut // pieces
+        full = tl.minimum(full, spans)
+    # a span's block is read one span ahead, as in a decode; of a piece in which nothing is, none past the table
+    block = span_blocks(table, tl.maximum(tl.minimum(begin, spans - 1), 0), least, context, KV_BLOCK, KEYS)
+    if WINDOW > 0 or CHUNK > 0:
         edge = tl.minimum(tl.cdiv(lowest_seen(before + first + last - 1, WINDOW, CHUNK), KEYS), full)
-        block = span_blocks(table, least // KEYS, least, context, KV_BLOCK, KEYS)
-        for span in tl.range(least // KEYS, edge, num_stages=1):
+        for span in tl.range(begin, edge, num_stages=1):
             k, v = span_kv(pool, block, span, base, head, least, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
             block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
             position = span * KEYS + tl.arange(0, KEYS)
             top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
-        begin = edge
-    else:
-        block = span_blocks(table, 0, None, context, KV_BLOCK, KEYS)
+        begin = tl.maximum(begin, edge)
     for span in tl.range(begin, full, num_stages=STAGES):
         if spans_at is None:
             k, v = span_kv(pool, block, span, base, head, None, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
@@ -202,14 +185,31 @@ def _attend(query, pool, spans_at, tables, tiles, contexts, sinks, out, layer, s
             v = spans_at.load([row + KV_BLOCK, head * DIM])
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         top, weight, acc = _fold(q, k, v, None, seen, seen, top, weight, acc, scale, False, SOFTCAP, PRECISION)
-    for span in tl.range(full, spans, num_stages=1):
+    for span in tl.range(tl.maximum(begin, full), spans, num_stages=1):
         k, v = span_kv(pool, block, span, base, head, least, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
-    acc = acc / weight[:, None]
+    if partial is None:
+        acc = acc / weight[:, None]
+    else:  # a row may see nothing of a piece
+        some = tl.where(weight > 0, weight, 1.0)
+        acc = acc / some[:, None]
     if value_scale is not None:
         acc *= value_scale
+    if partial is not None:
+        whole = pieces == 1
+        if pieces > 1:
+            own = (place + piece * KV_HEADS).to(tl.int64) * ROWS + rows
+            tl.store(partial + own[:, None] * BLOCK_DIM + dims[None, :], acc)
+            tl.store(sums + own, top + tl.log2(some))
+            tl.debug_barrier()  # every thread's stores come before the count
+            whole = tl.atomic_add(counters + place, 1, sem="acq_rel") == pieces - 1
+            if whole:
+                tl.store(counters + place, 0)
+                top, weight = first_peak(sinks, heads, rows < TOKENS * GROUP)
+                acc = merge_tile(partial, sums, place, pieces, top, weight, KV_HEADS, ROWS, BLOCK_DIM)
+        real = real & whole
     tl.store(out + (index + token).to(tl.int64)[:, None] * out_stride + columns[:, None] + dims[None, :],
              acc.to(out.dtype.element_ty), mask=real)  # fmt: skip
 
@@ -251,44 +251,63 @@ class ChunkAttention:
         if config is None and may_specialize(pool, dtype, self._head_dim, self._group, self._forms):
             config = SPECIALIZED
         self.config = config = config or choose_config(pool, dtype, self._head_dim)
-        self._rows = max(config.rows, triton.next_power_of_2(self._group))
-        described = config.described and self._head_dim == self._dim  # padded heads reach into their neighbours
-        self._spans_at = _described(pool, config.keys, self._dim) if described else None
         self._specialized = _specialized(pool, config, self._kv_heads, self._dim) if config.specialized else None
+        self._whole = self._tiling(config)
+        self._cut = self._tiling(choose_config(pool, dtype, self._head_dim)) if config.specialized else self._whole
+        self._shares = processors(pool.device) * config.shares
+        reaches = {form.reach for form in self._forms}
+        self._reach = reaches.pop() if len(reaches) == 1 else Reach()
 
-    def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
+    def _tiling(self, config: ChunkConfig) -> "_Tiling":
+        described = config.described and self._head_dim == self._dim  # padded heads reach into their neighbours
+        rows = max(config.rows, triton.next_power_of_2(self._group))
+        return _Tiling(config, rows, rows // self._group, _described(self._pool, config.keys, self._dim) if described else None)
+
+    def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tiles:
         """The table of tiles, for all layers of a step. A captured plan follows what the tensors say when it is replayed.
 
         query_starts: [seqs + 1] int32, prefix sums that begin with the first chunk's row in the query; context_lens: [seqs]
-        int32, the chunks' own tokens counted; tokens: at least the chunks' tokens. Returns [tiles, 4] int32.
+        int32, the chunks' own tokens counted; tokens: at least the chunks' tokens.
         """
-        seqs = len(context_lens)
-        tiles = tokens // (self._rows // self._group) + seqs
-        programs = triton.cdiv(tiles, PLANNED_TILES)
-        table = torch.empty((programs * PLANNED_TILES, FIELDS), dtype=torch.int32, device=context_lens.device)
-        _plan[(programs,)](
-            query_starts, context_lens, table, seqs, TOKENS=self._rows // self._group, SEQUENCES=PLANNED_SEQUENCES,
-            TILES=PLANNED_TILES,
+        cut, seqs = self._cut, len(context_lens)
+        few = tokens // cut.tokens * self._kv_heads < self._shares and tokens // cut.tokens + seqs <= MOST_CUT_TILES
+        if not few:
+            return find_tiles(query_starts, context_lens, tokens, tile_tokens=self._whole.tokens)
+        return cut_tiles(
+            query_starts, context_lens, tokens, tile_tokens=cut.tokens, rows=cut.rows, kv_heads=self._kv_heads, dim=self._dim,
+            keys=cut.config.keys, shares=self._shares, least=cut.config.least, reach=self._reach,
         )  # fmt: skip
-        return table[:tiles]
 
     def run(
-        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor,
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tiles, out: Tensor,
         sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
         """query, out: [tokens, heads, head_dim], rows may lie apart; block_tables: [seqs, any width] int32, the same; sinks:
         [heads], where the layer's form has them."""
-        layout, config, form = self._pool.layout, self.config, self._forms[layer]
+        layout, form = self._pool.layout, self._forms[layer]
         assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
-        if self._specialized is not None:
-            self._specialized.run(layer, query, block_tables, context_lens, tiles, out, form.scale * LOG2_E)
+        partials = tiles.partials
+        if self._specialized is not None and partials is None:
+            self._specialized.run(layer, query, block_tables, context_lens, tiles.table, out, form.scale * LOG2_E)
             return
+        tiling = self._whole if partials is None else self._cut
+        config = tiling.config
+        parts = (None, None, None) if partials is None else (partials.out, partials.sums, partials.counters)
         key_scale, value_scale = self._pool.scales(layer) or (1.0, None)
         _attend[(len(tiles) * self._kv_heads,)](
-            query, self._pool.data, self._spans_at, block_tables, tiles, context_lens, sinks, out, layer,
+            query, self._pool.data, tiling.spans_at, block_tables, tiles.table, context_lens, sinks, out, *parts, layer,
             form.scale * LOG2_E * key_scale, value_scale, query.stride(0), block_tables.stride(0), out.stride(0),
             KV_HEADS=self._kv_heads, GROUP=self._group, DIM=self._head_dim, ROW=layout.kv_heads * layout.head_dim,
             WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
-            LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
+            LAYERS=layout.layers, ROWS=tiling.rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,
         )  # fmt: skip
+
+
+class _Tiling(NamedTuple):
+    """rows: of a tile, of so many tokens. spans_at: as in `_attend`."""
+
+    config: ChunkConfig
+    rows: int
+    tokens: int
+    spans_at: TensorDescriptor | None

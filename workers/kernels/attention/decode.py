@@ -25,9 +25,9 @@ from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS
 from workers.kernels.attention.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.attention.spans import LOG2_E
 from workers.kernels.heads.turn import HeadTurn
+from workers.kernels.launch import processors
 
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
-INTERPRETED_PROCESSORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,7 @@ class DecodeAttention:
         shares = any(form.reach == Reach() for form in self._forms)
         limits = PrefixLimits(self._tile // self._group, max(config.keys, layout.block_size))
         self.prefixes = limits if shares else NOT_SHARED
-        processors = INTERPRETED_PROCESSORS
-        if pool.device.type == "cuda":
-            processors = torch.cuda.get_device_properties(pool.device).multi_processor_count
-        self._shares = processors * config.shares
+        self._shares = processors(pool.device) * config.shares
         self._kept: list[Tensor] = []
         self._make_rows(max_batch)
 

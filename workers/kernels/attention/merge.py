@@ -100,3 +100,23 @@ def merge(partial, lse, sinks, out, row_pieces, row_entries, out_stride, GROUP: 
     dims = tl.arange(0, BLOCK_DIM)
     at = out + row.to(tl.int64) * out_stride + head * DIM + tl.arange(0, 1)[:, None] + dims[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
+
+
+@triton.jit
+def merge_tile(partial, sums, place, pieces, top, weight, APART: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[ROWS, BLOCK_DIM]: the pieces of a chunk's tile merged in order, from `place` on, APART from one another. top, weight:
+    where the softmax begins."""
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for piece in range(pieces):
+        own = (place + piece * APART).to(tl.int64) * ROWS + rows
+        part = tl.load(partial + own[:, None] * BLOCK_DIM + dims[None, :], cache_modifier=".cg")
+        logs = tl.load(sums + own, cache_modifier=".cg")
+        peak = tl.maximum(top, logs)
+        share = tl.exp2(logs - peak)
+        factor = tl.exp2(top - peak)
+        weight = weight * factor + share
+        acc = acc * factor[:, None] + part * share[:, None]
+        top = peak
+    return acc / weight[:, None]

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Added, Routing
-from workers.kernels.launch import ALIGNED_BYTES, copies_tiles, enter
+from workers.kernels.launch import ALIGNED_BYTES, copies_tiles, enter, processors
 
 LEAST_PLACES = 128  # of a tile
 
@@ -119,8 +119,7 @@ def dense_product(
     acts = of_weight if gated else TensorDescriptor.from_tensor(x, [routing.size, tiling.columns])
     programs = len(routing.tiles) * triton.cdiv(n, tiling.rows)
     if tiling.resident:
-        on_cpu = x.device.type == "cpu"
-        programs = min(programs, 1 if on_cpu else torch.cuda.get_device_properties(x.device).multi_processor_count)
+        programs = min(programs, 1 if x.device.type == "cpu" else processors(x.device))
     alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
     _dense[(programs,)](
         x, acts, of_weight, weight if bias is None else bias, routing.weights, out if added is None else added.numbers,

@@ -90,6 +90,47 @@ def test_more_sequences_than_one_look(dtype: str, device: str) -> None:
     check(make_problem(make_step(queries, [count + 3 for count in queries], 16), layout, heads=2, device=device), SMALL)
 
 
+PIECES = replace(SMALL, keys=16, least=2, shares=12)
+
+
+@every_attention_dtype
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "described"])
+def test_few_tokens_after_long_contexts_are_cut_into_pieces(dtype: str, device: str, described: bool) -> None:
+    """Of about equal length; one plan for several layers, whose pieces are merged in order: the same bits each time."""
+    queries, contexts = [1, 20, 3, 40], [700, 35, 9, 400]
+    layout = BlockLayout(block_size=16, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step(queries, contexts, 16), layout, heads=4, device=device)
+    write(problem)
+    step = problem.step
+    with patch("workers.kernels.attention.chunks.processors", return_value=4):
+        attention = ChunkAttention(problem.pool, 4, replace(PIECES, described=described))
+    tiles = attention.plan(step.query_starts, step.context_lens, len(problem.query) + 30)
+    found = [row for row in tiles.table.tolist() if row[0] >= 0]
+    of_tiles = {(sequence, first): pieces for sequence, first, _, _, _, pieces, *_ in found}
+    assert [of_tiles[tile] for tile in ((0, 0), (1, 16), (1, 0), (2, 0))] == [8, 1, 1, 1]
+    assert all(of_tiles[3, first] >= 4 for first in (0, 16, 32))
+    assert sorted(piece for sequence, *_, piece, _, _, _ in found if sequence == 0) == list(range(8))
+    outs = []
+    for _ in range(2):
+        outs.append(out := torch.full_like(problem.query, float("nan")))
+        attention.run(problem.layer, problem.query, step.block_tables, step.context_lens, tiles, out)
+    torch.testing.assert_close(outs[0].cpu().double(), problem.expected, atol=ATTENTION_TOLERANCE[dtype], rtol=0)
+    assert torch.equal(*outs)
+    assert tiles.partials is not None
+    assert not tiles.partials.counters.any()
+
+
+@one_attention_dtype
+def test_what_fills_the_device_is_not_cut(dtype: str, device: str) -> None:
+    """94 tokens in tiles of 16, of 2 KV heads, are 10 programs; nor are more tiles than one program cuts."""
+    problem = chunks(16, 2, 2, 64, dtype, device)
+    for processors, tokens, cut in ((10, 94, False), (11, 94, True), (11, 96, False), (400, 1960, True), (400, 2000, False)):
+        with patch("workers.kernels.attention.chunks.processors", return_value=processors):
+            attention = ChunkAttention(problem.pool, 4, replace(PIECES, shares=1))
+        tiles = attention.plan(problem.step.query_starts, problem.step.context_lens, tokens)
+        assert (tiles.partials is not None) == cut
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

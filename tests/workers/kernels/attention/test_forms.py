@@ -35,7 +35,8 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 dtype_and_device = pytest.mark.parametrize(("dtype", "device"), [*attention_cases("float32"), *attention_cases("bfloat16")])
 SHORT = DecodeConfig(keys=32, least=1, stages=2)  # spans of two small blocks, or of half a large one; rows in several pieces
-TILES = ChunkConfig(rows=32, keys=32, stages=2)
+TILES = ChunkConfig(rows=32, keys=32, stages=2, shares=0)
+PIECES = ChunkConfig(rows=32, keys=16, stages=2, shares=20, least=1)
 BLOCKS = (16, 64)
 
 
@@ -84,14 +85,16 @@ def test_decodes(dtype: str, device: str, form: Form, atomic: bool) -> None:
 
 @pytest.mark.few
 @dtype_and_device
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "config"), [(16, TILES), (64, TILES), (16, PIECES)], ids=["16", "64", "pieces"])
 @every_form
-def test_chunks(dtype: str, device: str, form: Form, block: int) -> None:
+def test_chunks(dtype: str, device: str, form: Form, block: int, config: ChunkConfig) -> None:
+    """In pieces as they are for the plain layer before the one of the form: of some there is nothing to see."""
     queries, contexts = [1, 3, 50, 34], [1, 66, 50, 200]
     problem = make_problem(make_step(queries, contexts, block), layout(block, dtype), 2, device, form=form)
     write(problem)
-    attention = ChunkAttention(problem.pool, 2, TILES, problem.forms)
+    attention = ChunkAttention(problem.pool, 2, config, problem.forms)
     tiles = attention.plan(problem.step.query_starts, problem.step.context_lens, len(problem.query))
+    assert (tiles.partials is None) == (config is TILES)
     out = torch.full_like(problem.query, float("nan"))
     attention.run(
         problem.layer, problem.query, problem.step.block_tables, problem.step.context_lens, tiles, out, problem.sinks
