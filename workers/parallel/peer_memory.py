@@ -4,8 +4,6 @@ Each maps the others' (`workers.mapping`); NVLink multicast, which other users o
 every host has it: then the reason is an error. Imports torch and those kernels.
 """
 
-import time
-
 import msgspec
 import torch
 from torch import Tensor
@@ -16,17 +14,13 @@ from workers.kernels.rows.gather import gather
 from workers.kernels.rows.peers import PACKET_BYTES, PROGRAMS, Peers
 from workers.kernels.rows.reduce import sum_all
 from workers.mapping import mapped, share
+from workers.parallel.trial import find_fault
 
 PACKETS = 2 << 20
 """Of half an inbox: two ranks have room for 256 rows of 8,192 numbers of 16 bits in one launch."""
 
 MOST_BYTES = 4 << 20
 """Of a rank's part. What is larger is NCCL's, where there is NCCL: links bind it, and packets are twice the bytes."""
-
-
-TRIED = ((1, 1024), (64, 8192))
-"""Rows and widths that `PeerMemory.fault` sums: in one shot and, of more than two ranks, in two."""
-NAP_S = 1e-3
 
 
 class PeerMemory:
@@ -49,25 +43,9 @@ class PeerMemory:
         self.peers = Peers(rank, size, PACKETS, addresses, turns, self._given_up.data_ptr())
 
     def fault(self, patience_s: float) -> str:
-        """Sums and gathers numbers that every rank knows, several times in a row. Empty if all was right to the bit, else what
-        was not: then nobody may use this memory, and it is kept until all ranks have said so. All ranks call it at the same
-        time; nobody is waited for longer than patience_s."""
-        generator, told = torch.Generator().manual_seed(0), []
-        for shape in TRIED * 2:  # each half of an inbox
-            whole = torch.randint(-16, 17, (self.peers.size, *shape), generator=generator)  # all sums are exact
-            own = whole[self.peers.rank].to(self._memories[0].device, torch.bfloat16)
-            gathered, summed = self.all_gather(own), self.all_reduce(own)
-            told += [(gathered, whole), (summed, whole.sum(0))]
-        ended, begun_s = torch.cuda.Event(), time.monotonic()  # type: ignore[no-untyped-call]
-        ended.record()
-        while not ended.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() - begun_s > patience_s:
-                self.give_up()
-                ended.synchronize()
-                return f"a sum had not ended after {patience_s:.0f} s"
-            time.sleep(NAP_S)
-        right = all(torch.equal(came.cpu().long(), expected) for came, expected in told)
-        return "" if right else "numbers that were sent are not those that came"
+        """As `find_fault`, which all ranks call at the same time. Unless it is empty nobody may use this memory, and it is kept
+        until all ranks have said so."""
+        return find_fault(self.peers, self._memories[0].device, self.give_up, patience_s)
 
     def pays(self, tensor: Tensor) -> bool:
         """Whether this is faster than NCCL."""

@@ -1,8 +1,10 @@
 """Sums and gathers over ranks that read each other's memory: processes with shared memory, under Triton's interpreter."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from workers.kernels.rows.gather import gather
 from workers.kernels.rows.norm import add_rms_norm
 from workers.kernels.rows.peers import PROGRAMS, Peers
 from workers.kernels.rows.reduce import sum_add_rms_norm, sum_all, sum_rows, takes
+from workers.parallel import trial
 from workers.parallel.in_process import sum_in_rank_order
 
 pytestmark = pytest.mark.skipif(CUDA, reason="ranks with GPUs of their own meet in tests/gpu")
@@ -121,6 +124,21 @@ def _wait_for_nobody(rank: int, memories: list[Memory], first: int, pipe: Any) -
     pipe.recv()
 
 
+def _try(what: str, rank: int, memories: list[Memory], first: int, pipe: Any) -> None:
+    """what: the last rank does not come to the trial, or brings other numbers than it should."""
+    torch.set_num_threads(1)
+    memory, last = memories[rank], rank == len(memories) - 1
+    for module in ("reduce", "gather"):  # the interpreter's looks are slow
+        vars(sys.modules[f"workers.kernels.rows.{module}"])["TRIES"] = 16
+    if last and what == "is wrong":
+        vars(trial)["sum_all"] = lambda peers, x: sum_all(peers, x.neg_())
+    if not (last and what == "stays away"):
+        patience_s = 2.0 if what == "stays away" else 150.0
+        peers, shapes = peers_of(rank, memories, first), [(1, 32), (2, 96)]
+        pipe.send(trial.find_fault(peers, torch.device("cpu"), lambda: memory.given_up.fill_(1), patience_s, shapes))
+    pipe.recv()
+
+
 Run = Callable[..., tuple[list[Any], list[Memory], list[Any]]]
 
 
@@ -184,6 +202,18 @@ def test_every_rank_has_what_each_has(size: int, run: Run) -> None:
                 assert torch.equal(torch.from_numpy(ours[turn * (len(PARTS) + 1) + number]), wanted), tensor.dtype
         for ours in told:
             assert (ours[(turn + 1) * (len(PARTS) + 1) - 1] == sum(range(turn, turn + size))).all()
+
+
+@pytest.mark.parametrize(
+    ("what", "faults"),
+    [("stays away", ["had not ended after 2 s"]), ("is wrong", ["not those that came"] * 2), ("is right", ["", ""])],
+)
+def test_a_trial_says_what_is_wrong_and_waits_for_nobody(what: str, faults: list[str], run: Run) -> None:
+    pipes, _, _ = run(2, partial(_try, what))
+    for pipe, fault in zip(pipes, faults, strict=False):
+        said = received(pipe)
+        assert fault in said
+        assert bool(fault) == bool(said)
 
 
 @pytest.mark.slow
