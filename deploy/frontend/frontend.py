@@ -78,15 +78,14 @@ class FrontEnd:
         return self._up
 
     def submit(
-        self, prompts: Sequence[Prompt], notify: Notify, each_token: bool = True, told: Sequence[Sequence[Told]] = ()
+        self, prompts: Iterable[Prompt], notify: Notify, each_token: bool = True, told: Sequence[Sequence[Told]] = ()
     ) -> list[Generation]:
-        """Queues prompts; while the scheduler is being replaced they wait for the next one, `REACH_TIMEOUT_S` at most. notify:
-        called from another thread when `take` has something new: after each token, or only at the end. told: what the caller
-        has of each choice of each prompt, from an earlier run with the same seeds; nothing of each if he may come back for it.
-        Errors: EngineError once the engine is lost for good or closed."""
-        with self._lock:
-            stream = self._next_stream
-            self._next_stream += sum(prompt.params.n for prompt in prompts)
+        """Queues prompts, lot by lot as they are read; while the scheduler is being replaced they wait for the next one,
+        `REACH_TIMEOUT_S` at most. notify: called from another thread when `take` has something new: after each token, or only
+        at the end. told: what the caller has of each choice of each prompt, from an earlier run with the same seeds; nothing of
+        each if he may come back for it.
+        Errors: EngineError once the engine is lost for good or closed, and whatever reading the prompts raises: then those
+        queued before are aborted."""
         now_s, block_size = time.monotonic(), self.engine.block_size
         generations: list[Generation] = []
         lot: list[Generation] = []
@@ -95,20 +94,28 @@ class FrontEnd:
             for number, prompt in enumerate(prompts):
                 before = told[number] if told else ()
                 had = tuple(Had(each.tokens, each.check) for each in before)
+                stream = self._new_streams(prompt.params.n)
                 submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s, had)
                 lot.append(Generation(submission, prompt, self._tokenizer, notify, each_token, before))
-                stream += prompt.params.n
                 tokens += len(prompt.token_ids)
-                if tokens >= LOT_TOKENS or number == len(prompts) - 1:
+                if tokens >= LOT_TOKENS:
                     generations += lot
                     self._begin(lot)
                     lot, tokens = [], 0
-                    if number < len(prompts) - 1:
-                        time.sleep(BETWEEN_LOTS_S)
+                    time.sleep(BETWEEN_LOTS_S)
+            generations += lot
+            if lot:
+                self._begin(lot)
         except BaseException:
             self.abort(generations)
             raise
         return generations
+
+    def _new_streams(self, count: int) -> int:
+        """The first of so many."""
+        with self._lock:
+            self._next_stream += count
+            return self._next_stream - count
 
     def abort(self, generations: Iterable[Generation]) -> None:
         """Nobody waits for these any more; those that have ended are ignored."""

@@ -1,6 +1,6 @@
 """What a call of `LLM` is given, read into prompts: one of everything for all, or one for each. Imports prompts' types."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deploy.doors.python.sources import Source, all_or_none, listed, read_lora, read_source, read_terms
@@ -32,8 +32,8 @@ class CallReader:
 
     def prompts(
         self, sources: Sequence[Source], params: Params, call: Terms, lora: Lora
-    ) -> list[Prompt | PromptError]:  # fmt: skip
-        """Errors: PromptError for what is wrong with the call as a whole."""
+    ) -> Iterator[Prompt | PromptError]:  # fmt: skip
+        """Each is read when its turn comes. Errors, at once: PromptError for what is wrong with the call as a whole."""
         if not self.uses.generates:
             raise PromptError(NO_HEAD)
         if params is None or isinstance(params, SamplingParams):
@@ -42,14 +42,15 @@ class CallReader:
             every = listed(params, "sampling parameters must be SamplingParams(...), or a list of them, one for each prompt")
         if len(every) != len(sources):
             raise PromptError(f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all")
-        parsed: list[Prompt | PromptError] = []
-        for source, each, name in zip(sources, every, names_of(lora, len(sources)), strict=True):
-            try:
-                content, params_of, terms = read_source(source, each, call)
-                parsed.append(self._parser_of(read_lora(source, name)).prompt(content, params_of, terms))
-            except PromptError as error:
-                parsed.append(error)
-        return parsed
+        names = names_of(lora, len(sources))
+        return (self._prompt(*each, call) for each in zip(sources, every, names, strict=True))
+
+    def _prompt(self, source: Source, params: SamplingParams, name: str | None, call: Terms) -> Prompt | PromptError:
+        try:
+            content, params_of, terms = read_source(source, params, call)
+            return self._parser_of(read_lora(source, name)).prompt(content, params_of, terms)
+        except PromptError as error:
+            return error
 
     def pooled(
         self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, loras: Sequence[str | None] = ()
@@ -61,7 +62,7 @@ class CallReader:
                 parsed.append(self._parser_of(name).pooled(content, pooling, terms))
             except PromptError as error:
                 parsed.append(error)
-        return all_or_none(parsed)
+        return list(all_or_none(parsed, len(parsed)))
 
     def _parser_of(self, lora: str | None) -> PromptParser:
         """Errors: PromptError."""

@@ -125,10 +125,12 @@ class LLM:
         have ended; one that has not fails with `fault` TIMED_OUT, and keeps what it has produced; one whose turn would come
         later is refused at once, as OVERLOADED. priority: lower goes before all that are higher. The last three hold for
         prompts that name none of their own.
-        Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
+        Prompts are read while the first ones are computed. Errors: PromptError for the first that is not valid, when none of
+        the call goes on; GenerationError once all have ended, if any failed.
         """
-        parsed = self._calls.prompts(as_list(prompts), sampling_params, terms_of(tenant, deadline_s, priority), lora)
-        return self._complete(all_or_none(parsed), progress)
+        sources = as_list(prompts)
+        parsed = self._calls.prompts(sources, sampling_params, terms_of(tenant, deadline_s, priority), lora)
+        return self._complete(all_or_none(parsed, len(sources)), len(sources), progress)
 
     def chat(
         self,
@@ -172,13 +174,13 @@ class LLM:
         INVALID, where others can. Errors: PromptError.
         """
         sources = as_list(prompts)
-        parsed = self._calls.prompts(sources, sampling_params, terms_of(tenant, deadline_s, priority), lora)
+        parsed = list(self._calls.prompts(sources, sampling_params, terms_of(tenant, deadline_s, priority), lora))
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
-            return iterated(self._frontend, dict(enumerate(all_or_none(parsed))), each_token=True)
+            return iterated(self._frontend, list(all_or_none(parsed, len(parsed))), range(len(parsed)), each_token=True)
         valid = {position: each for position, each in enumerate(parsed) if isinstance(each, Prompt)}
         refusals = [(position, refusal(sources[position], error)) for position, error in refused.items()]
-        return iterated(self._frontend, valid, each_token=True, refusals=refusals)
+        return iterated(self._frontend, [*valid.values()], [*valid], each_token=True, refusals=refusals)
 
     def embed(
         self,
@@ -198,7 +200,7 @@ class LLM:
         sources = as_list(prompts)
         contents = [read_pooled(source, call) for source in sources]
         loras = [read_lora(source, name) for source, name in zip(sources, names_of(lora, len(sources)), strict=True)]
-        outputs = self._complete(self._calls.pooled(contents, pooling, loras), progress)
+        outputs = self._complete(self._calls.pooled(contents, pooling, loras), len(contents), progress)
         return [embedding_output(output, self._uses, dimensions) for output in outputs]
 
     def score(
@@ -221,7 +223,7 @@ class LLM:
         scoring = Scoring.of(pairs, self._uses, self._calls.parser.tokenizer, chat_template_kwargs)
         call = terms_of(tenant, deadline_s, priority)
         contents = [(content, call) for content in scoring.contents]
-        return scoring.outputs(self._complete(self._calls.pooled(contents, scoring.pooling), progress))
+        return scoring.outputs(self._complete(self._calls.pooled(contents, scoring.pooling), len(contents), progress))
 
     # ---- asyncio ----
 
@@ -241,8 +243,8 @@ class LLM:
         aborts the request. lora, tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it
         fails.
         """
-        parsed = all_or_none(self._calls.prompts([prompt], sampling_params, terms_of(tenant, deadline_s, priority), lora))
-        async with aclosing(streamed(self._frontend, parsed)) as outputs:
+        parsed = self._calls.prompts([prompt], sampling_params, terms_of(tenant, deadline_s, priority), lora)
+        async with aclosing(streamed(self._frontend, all_or_none(parsed, 1))) as outputs:
             async for output in outputs:
                 yield output
 
@@ -277,15 +279,15 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.shutdown()
 
-    def _complete(self, prompts: list[Prompt], progress: bool) -> list[RequestOutput]:
+    def _complete(self, prompts: Iterable[Prompt], count: int, progress: bool) -> list[RequestOutput]:
         from deploy.terminal.display import request_bar
 
         outputs: dict[int, RequestOutput] = {}
-        with request_bar(len(prompts), shown=progress) as advance:
-            for position, output in iterated(self._frontend, dict(enumerate(prompts)), each_token=False):
+        with request_bar(count, shown=progress) as advance:
+            for position, output in iterated(self._frontend, prompts, range(count), each_token=False):
                 outputs[position] = output
                 advance(output)
-        ordered = [outputs[position] for position in range(len(prompts))]
+        ordered = [outputs[position] for position in range(count)]
         if any(output.error for output in ordered):
             raise GenerationError.of(ordered)
         return ordered

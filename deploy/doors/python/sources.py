@@ -119,14 +119,12 @@ def listed(given: Any, wanted: str) -> list[Any]:
     return list(given)
 
 
-def all_or_none(parsed: Sequence[Prompt | PromptError]) -> list[Prompt]:
-    """Errors: PromptError that names the first that is not valid."""
-    prompts = []
+def all_or_none(parsed: Iterable[Prompt | PromptError], count: int) -> Iterator[Prompt]:
+    """count: of all. Errors: PromptError that names the first that is not valid, when its turn comes."""
     for position, each in enumerate(parsed):
         if isinstance(each, PromptError):
-            raise PromptError(f"prompt {position}: {each}") if len(parsed) > 1 else each
-        prompts.append(each)
-    return prompts
+            raise PromptError(f"prompt {position}: {each}") if count > 1 else each
+        yield each
 
 
 def read_jsonl(lines: Iterable[str], name: str) -> Iterator[Source]:

@@ -6,7 +6,7 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from operator import itemgetter
 
 from deploy.frontend.frontend import FrontEnd
@@ -19,15 +19,16 @@ CTRL_C_POLL_S = 0.2
 
 
 def iterated(
-    frontend: FrontEnd, prompts: Mapping[int, Prompt], each_token: bool, refusals: Iterable[tuple[int, RequestOutput]] = ()
-) -> Iterator[tuple[int, RequestOutput]]:
-    """(position, output so far) whenever one has grown, until all have ended; whoever leaves before aborts the rest. prompts:
-    by their positions. refusals: of others; they are told first."""
+    frontend: FrontEnd, prompts: Iterable[Prompt], places: Iterable[int], each_token: bool,
+    refusals: Iterable[tuple[int, RequestOutput]] = (),
+) -> Iterator[tuple[int, RequestOutput]]:  # fmt: skip
+    """(position, output so far) whenever one has grown, until all have ended; whoever leaves before aborts the rest. places:
+    positions of the prompts. refusals: of others; they are told first."""
     yield from refusals
     woken: queue.SimpleQueue[Generation] = queue.SimpleQueue()
     submitted_s = time.monotonic()
-    generations = frontend.submit([*prompts.values()], woken.put, each_token) if prompts else []
-    positions = {generation.stream: position for position, generation in zip(prompts, generations, strict=True)}
+    generations = frontend.submit(prompts, woken.put, each_token)
+    positions = {generation.stream: position for position, generation in zip(places, generations, strict=True)}
     due = deque(_by_deadline(generations, submitted_s))
     try:
         left = len(generations)
@@ -40,7 +41,7 @@ def iterated(
         frontend.abort(generations)
 
 
-async def streamed(frontend: FrontEnd, prompts: Sequence[Prompt]) -> AsyncGenerator[RequestOutput, None]:
+async def streamed(frontend: FrontEnd, prompts: Iterable[Prompt]) -> AsyncGenerator[RequestOutput, None]:
     """The first prompt's output whenever it has grown, until it has ended; it is aborted if the caller leaves before. Errors:
     GenerationError if it fails."""
     loop, grown = asyncio.get_running_loop(), asyncio.Event()

@@ -17,6 +17,7 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.frontend.generation.submission import MOST_LOSSES
 from deploy.frontend.outputs import RequestOutput
+from deploy.text.content import PromptError
 from deploy.text.prompts import ModelLimits, Prompt, Terms
 from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_blocks
@@ -461,5 +462,26 @@ def test_of_a_call_that_cannot_be_sent_as_a_whole_nothing_goes_on(monkeypatch: p
     assert engine.lots == [[0], [1]]
     assert {0, 1} <= set(engine.aborted)
     [generation] = front_end.submit([Prompt([5], SamplingParams(max_tokens=8))], lambda _: None)
-    assert generation.stream == 4, "a stream's number is nobody else's"
+    assert generation.stream == 3, "a stream's number is nobody else's"
+    front_end.close()
+
+
+def test_prompts_are_read_when_those_before_them_have_been_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And when one cannot be read, what was told is taken back."""
+    monkeypatch.setattr("deploy.frontend.frontend.LOT_TOKENS", 2)
+    engine = InLots()
+    front_end = FrontEnd(engine.start, LIMITS, None)
+    told: list[int] = []
+
+    def prompts() -> Iterator[Prompt]:
+        for token in range(1, 6):
+            told.append(len(engine.lots))
+            yield Prompt([token], SamplingParams(max_tokens=8))
+        raise PromptError("no prompt")
+
+    with pytest.raises(PromptError, match="no prompt"):
+        front_end.submit(prompts(), lambda _: None)
+    assert told == [0, 0, 1, 1, 2]
+    assert engine.lots == [[0, 1], [2, 3]]
+    assert set(engine.aborted) == {0, 1, 2, 3}
     front_end.close()
