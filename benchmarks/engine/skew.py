@@ -200,7 +200,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=positive, default=2)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--one-device", action="store_true", help="all ranks share a GPU")
-    parser.add_argument("--custom-all-reduce", action="store_true", help="small sums by kernels over joined memory")
+    parser.add_argument(
+        "--custom-all-reduce", action=argparse.BooleanOptionalAction, default=True,
+        help="small sums by kernels over joined memory",
+    )  # fmt: skip
     parser.add_argument("--works", default="batch_1,batch_32")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--late-ms", type=float, default=2.0, help="how long the last rank sleeps (%(default)s)")
