@@ -198,13 +198,22 @@ def join_memory(rank: int, size: int, store: Store, device: torch.device, timeou
     try:
         memory = PeerMemory(rank, size, store, device)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = _told(error)
     faults = [why for why in _exchange(rank, size, store, "peers", reason) if why]
     if memory is not None and not faults:
-        faults = [why for why in _exchange(rank, size, store, "sums", memory.fault(timeout_s / 2)) if why]
+        try:
+            reason = memory.fault(timeout_s / 2)
+        except RuntimeError as error:
+            reason = _told(error)
+        faults = [why for why in _exchange(rank, size, store, "sums", reason) if why]
     if rank == 0:
         logger.info("small sums by %s", f"NCCL: {faults[0]}" if faults else "a kernel over the ranks' joined memory")
     return None if faults else memory
+
+
+def _told(error: RuntimeError) -> str:
+    """For the other ranks: never empty."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _share_memory(rank: int, size: int, store: Store, timeout_s: float) -> SharedMemoryGroup | None:

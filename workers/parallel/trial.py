@@ -36,11 +36,14 @@ def find_fault(
     timer.daemon = True
     timer.start()
     gathered = []
-    for part in parts:  # both halves of an inbox
-        gathered.append(gather(peers, part))
-        sum_all(peers, part)
-    came = [(one.cpu().long(), other.cpu().long()) for one, other in zip(gathered, parts, strict=True)]
-    timer.cancel()
+    try:
+        for part in parts:  # both halves of an inbox
+            gathered.append(gather(peers, part))
+            sum_all(peers, part)
+        came = [(one.cpu().long(), other.cpu().long()) for one, other in zip(gathered, parts, strict=True)]
+    finally:
+        timer.cancel()
+        timer.join()  # so that it gives nothing up any more
     if late.is_set():
         return f"a sum had not ended after {patience_s:.0f} s"
     right = all(

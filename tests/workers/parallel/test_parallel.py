@@ -344,12 +344,15 @@ def test_nccl_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reached", "right"), [((True, True), (True, True)), ((True, False), (True, True)), ((True, True), (False, True))],
-    ids=["right", "one rank does not reach the other's memory", "one rank's sums are wrong"],
+    ("reached", "right", "why"),
+    [((True, True), (True, True), ""), ((True, False), (True, True), "no way there"), ((True, True), (False, True), "a number"),
+     ((True, True), (True, None), "no kernel")],
+    ids=["right", "one rank does not reach the other's memory", "one rank's sums are wrong", "one rank cannot sum"],
 )  # fmt: skip
 def test_ranks_sum_through_joined_memory_all_or_none(
-    reached: tuple[bool, bool], right: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    reached: tuple[bool, bool], right: tuple[bool | None, bool | None], why: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     peer_memory = pytest.importorskip("workers.parallel.peer_memory")
     tried = []
 
@@ -361,6 +364,8 @@ def test_ranks_sum_through_joined_memory_all_or_none(
 
         def fault(self, patience_s: float) -> str:
             tried.append(patience_s)
+            if right[self.rank] is None:
+                raise RuntimeError("no kernel")
             return "" if right[self.rank] else "a number got lost"
 
     monkeypatch.setattr(peer_memory, "PeerMemory", Memory)
@@ -371,5 +376,5 @@ def test_ranks_sum_through_joined_memory_all_or_none(
         assert [memory and vars(memory)["rank"] for memory in joined] == [0, 1]
     else:
         assert joined == [None, None]
-        assert ("no way there" if not all(reached) else "a number got lost") in caplog.text
+        assert why in caplog.text
     assert len(tried) == (2 if all(reached) else 0)
