@@ -8,6 +8,15 @@ from workers.kernels.attention.spans import first_peak
 
 
 @triton.jit
+def _add(part, logs, top, weight, acc):
+    """One piece [ROWS, BLOCK_DIM] of each row, and the logarithm of its weight [ROWS], to those before it."""
+    peak = tl.maximum(top, logs)
+    share = tl.exp2(logs - peak)
+    factor = tl.exp2(top - peak)
+    return peak, weight * factor + share, acc * factor[:, None] + part * share[:, None]
+
+
+@triton.jit
 def merged(partial, lse, sinks, group, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
             BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
     """[ROWS, BLOCK_DIM]: query heads from `first` of `group` on, its pieces from `entry` on merged in order."""
@@ -71,12 +80,7 @@ def merge_members(members, count, partial, lse, sinks, row_pieces, row_entries, 
         part = tl.load(partial + place[:, None] * DIM + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0,
                        cache_modifier=".cg")  # fmt: skip
         sums = tl.load(lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        peak = tl.maximum(top, sums)
-        share = tl.exp2(sums - peak)
-        factor = tl.exp2(top - peak)
-        weight = weight * factor + share
-        acc = acc * factor[:, None] + part * share[:, None]
-        top = peak
+        top, weight, acc = _add(part, sums, top, weight, acc)
     acc = acc / tl.where(done, weight, 1.0)[:, None]
     at = row.to(tl.int64)[:, None] * out_stride + (head * GROUP + lane % GROUP)[:, None] * DIM + dims[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=done[:, None] & (dims < DIM)[None, :])
@@ -113,10 +117,5 @@ def merge_tile(partial, sums, place, pieces, top, weight, APART: tl.constexpr, R
         own = (place + piece * APART).to(tl.int64) * ROWS + rows
         part = tl.load(partial + own[:, None] * BLOCK_DIM + dims[None, :], cache_modifier=".cg")
         logs = tl.load(sums + own, cache_modifier=".cg")
-        peak = tl.maximum(top, logs)
-        share = tl.exp2(logs - peak)
-        factor = tl.exp2(top - peak)
-        weight = weight * factor + share
-        acc = acc * factor[:, None] + part * share[:, None]
-        top = peak
+        top, weight, acc = _add(part, logs, top, weight, acc)
     return acc / weight[:, None]
