@@ -203,7 +203,7 @@ def join_memory(rank: int, size: int, store: Store, device: torch.device, timeou
     if memory is not None and not faults:
         try:
             reason = memory.fault(timeout_s / 2)
-        except RuntimeError as error:
+        except Exception as error:  # also of a compiler, which NCCL needs not
             reason = _told(error)
         faults = [why for why in _exchange(rank, size, store, "sums", reason) if why]
     if rank == 0:
@@ -211,7 +211,7 @@ def join_memory(rank: int, size: int, store: Store, device: torch.device, timeou
     return None if faults else memory
 
 
-def _told(error: RuntimeError) -> str:
+def _told(error: Exception) -> str:
     """For the other ranks: never empty."""
     return str(error).partition("\n")[0] or type(error).__name__
 
