@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -62,10 +63,13 @@ class Opened:
     tasks: tuple["asyncio.Task[None]", ...]
 
     async def close(self) -> None:
+        """To its end, also where its caller is cancelled meanwhile."""
+        await _to_the_end(self._close())
+
+    async def _close(self) -> None:
         for task in reversed(self.tasks):  # the observer first: what it has goes out through the service
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait((task,))
         await asyncio.to_thread(self.observer.close)
 
 
@@ -140,7 +144,7 @@ class Discovery:
         finally:
             tasks = [*(task for _, task in self._opening.values()), *self._leaving]
             for task in tasks:
-                _give_up(task)
+                task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(each.close() for each in self._opened.values()))
 
@@ -158,7 +162,7 @@ class Discovery:
             return {*self._there}
         self._there = there
         for name in [name for name in self._opening if name not in there]:
-            _give_up(self._opening[name][1])
+            self._opening[name][1].cancel()
         for name in [name for name in self._opened if name not in there]:
             logger.warning("model %s is not served any more", self._opened[name].model.name)
             self._leave(self._opened.pop(name))
@@ -179,7 +183,7 @@ class Discovery:
         if application in self._opening:
             opening, task = self._opening[application]
             if opening != told:  # it was deployed once more meanwhile
-                _give_up(task)
+                task.cancel()
             return
         refused, again_s, _ = self._refused.get(application, (None, 0.0, ""))
         opened = self._opened.get(application)
@@ -229,7 +233,7 @@ class Discovery:
         try:
             adapters = await asyncio.to_thread(ServedAdapters, service, told.config.engine, limits, self._further, shelf)
         except BaseException:
-            await asyncio.to_thread(observer.close)
+            await _to_the_end(asyncio.to_thread(observer.close))
             raise
         tasks = (
             asyncio.create_task(service.run()), asyncio.create_task(observer.run(service)), asyncio.create_task(adapters.run()),
@@ -256,10 +260,18 @@ class Discovery:
         leaving.add_done_callback(self._leaving.pop)
 
 
-def _give_up(task: "asyncio.Task[None]") -> None:
-    """Once: every look asks for it, and a second cancellation would end its closing of what it has opened."""
-    if not task.cancelling():
-        task.cancel()
+async def _to_the_end(closing: Coroutine[Any, Any, None]) -> None:
+    """Whoever is cancelled while it closes something goes when it is closed: every look cancels what is not wanted any more."""
+    task = asyncio.create_task(closing)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as cancellation:
+            cancelled = cancellation
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _run_empty(opened: Opened) -> None:

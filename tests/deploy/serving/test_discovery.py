@@ -319,36 +319,68 @@ def administration(discovery: Discovery) -> ServeAdministration:
     return ServeAdministration(nobody, config, limits, ApiKeys(), 1, discovery, nobody, nobody)
 
 
+class SlowObservers:
+    """Observers that are not closed before they may be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_close = threading.Event()
+        self.closing: list[Observer] = []
+        self.closed: list[Observer] = []
+        self._close = Observer.close
+        monkeypatch.setattr(Observer, "close", lambda observer: self.close(observer))
+
+    def close(self, observer: Observer) -> None:
+        self.closing.append(observer)
+        assert self.may_close.wait(PATIENCE_S)
+        self._close(observer)
+        self.closed.append(observer)
+
+
+@pytest.mark.parametrize("why", ["another version waits for its turn", "an adapter is missing", "its name is taken"])
 def test_a_model_that_goes_while_it_is_opened_is_closed_to_the_end_however_long_that_takes(
-    fake: FakeServe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    why: str, fake: FakeServe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    may_close = threading.Event()
-    closing: list[Observer] = []
-    closed: list[Observer] = []
-    close_observer = Observer.close
-
-    def close(observer: Observer) -> None:
-        closing.append(observer)
-        assert may_close.wait(PATIENCE_S)
-        close_observer(observer)
-        closed.append(observer)
-
-    monkeypatch.setattr(Observer, "close", close)
+    observers = SlowObservers(monkeypatch)
     fake.applications["manta:a"] = told("a", "1")
 
     async def work(discovery: Discovery, further: FurtherModels) -> None:
-        fake.applications["manta:a"] = told("a", "2")  # which is not up: it waits for its turn
-        await until(lambda: ("manta:a", "2") in fake.engines)
+        if why == "another version waits for its turn":
+            fake.applications["manta:a"] = told("a", "2")
+            await until(lambda: ("manta:a", "2") in fake.engines)
+        else:  # it is being closed when it goes
+            missing = with_adapter("b", "1", f"own={tmp_path / 'missing'}")
+            fake.applications["manta:b"] = missing if why == "an adapter is missing" else told("tiny")
+            await until(lambda: observers.closing)
         fake.applications.clear()
-        await until(lambda: len(closing) == 2)
+        await until(lambda: len(observers.closing) == 2)
         for _ in range(3):
             await discovery.look()
         assert discovery._opening
-        may_close.set()
-        await until(lambda: not discovery._opening and len(closed) == 2)
+        observers.may_close.set()
+        await until(lambda: not discovery._opening and len(observers.closed) == 2)
         assert names(further) == []
 
     following(work, ServeConfig(request_log=str(tmp_path / "log")))
+
+
+def test_a_model_that_is_closed_when_its_front_end_ends_is_closed_to_the_end(
+    fake: FakeServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observers = SlowObservers(monkeypatch)
+    fake.applications["manta:a"] = told("a")
+
+    async def work(discovery: Discovery, _: FurtherModels) -> None:
+        fake.applications.clear()
+        await until(lambda: observers.closing)
+        (leaving,) = discovery._leaving
+        leaving.cancel()
+        await asyncio.sleep(0.05)
+        assert not leaving.done()
+        observers.may_close.set()
+        await until(lambda: not discovery._leaving)
+        assert observers.closed == observers.closing
+
+    following(work)
 
 
 @pytest.mark.parametrize("failure", [None, "ValueError: 3 ranks do not divide 4 heads"], ids=["coming up", "given up"])

@@ -8,9 +8,11 @@ import pytest
 from scheduler.protocol.handshake import Stranger, identify, introduce
 from scheduler.protocol.leaders import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
 from scheduler.protocol.messages import Connect
+from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket, listen
 from tests.shared.simulated import SimulatedExecutor
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
+from workers.loop import link
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.link import Greeting, SocketFeed, SocketInbox, SocketLink
@@ -142,7 +144,15 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
 
 
 @pytest.mark.parametrize("words", ["a guess", "no greeting", "not the protocol", "a second rank 1"])
-def test_a_stranger_is_no_peer(words: str) -> None:
+def test_a_stranger_is_no_peer(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    came = threading.Event()
+
+    class Heard(Silence):
+        def heard(self, name: int, now_s: float) -> None:
+            super().heard(name, now_s)
+            came.set()
+
+    monkeypatch.setattr(link, "Silence", Heard)
     listener = listen("127.0.0.1")
     host, port = listener.getsockname()
     refused: list[bool] = []
@@ -173,6 +183,7 @@ def test_a_stranger_is_no_peer(words: str) -> None:
     accepting.start()
     first = FrameSocket.connect(host, port)
     introduce(first, TOKEN, Greeting(1, "p:1"))
+    assert came.wait(PATIENCE_S), "the leader greets each in a thread of its own: it may take whoever comes later for the first"
     others = [threading.Thread(target=each) for each in (stranger, friend)]
     others[0].start()
     others[0].join(PATIENCE_S)  # closed by the leader, which still waits for its second peer
