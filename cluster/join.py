@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import grpc
 import ray
@@ -26,6 +28,8 @@ from cluster.config import EngineConfig
 from cluster.engine import EngineError, Progress
 from cluster.shadows import job_environment, refuse_unclaimed
 
+logger = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 """Whoever listens may be busy, and is waited for longer than one that is not there."""
 
@@ -38,6 +42,9 @@ IDLE = ("start_monitor", "start_api_server", "start_log_monitor")
 """Three of Ray's processes, 280 MiB and 3 CPU seconds of a start, that nobody asks for anything on a cluster of our own: its
 autoscaler, which has no machine to add; the server of a dashboard that is off; and what reads all logs for drivers that want
 none, and keeps files and memory of every process that there was."""
+
+LATE = "timed out during startup"
+"""Ray's words of a node that was not there in time."""
 
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray takes 127.0.0.1 for a mistake and puts the outward address in its place; the rest of the loopback range it keeps."""
@@ -62,17 +69,28 @@ def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
         return False
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15, and whatever else computes here would starve ranks
     progress("starting Ray on this machine")
-    with _own_sigterm(), without_idle_processes():
-        ray.init(
-            address="local",  # whatever else runs on this machine
-            runtime_env=job_environment(),
-            num_cpus=max(cpus, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address=_LOOPBACK,
-        )
+    start_ray(max(cpus, os.cpu_count() or 1), runtime_env=job_environment(), logging_level=logging.ERROR)
     return True
+
+
+def start_ray(cpus: int, **options: Any) -> None:
+    """A cluster of this process's own, without `IDLE`, whatever else runs on this machine. options: more of `ray.init`'s.
+
+    Ray gives a node half a minute to start in, which an overloaded machine may not keep: it has a second one. Errors: Ray's.
+    """
+    start = partial(
+        ray.init, address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address=_LOOPBACK,
+        **options,
+    )  # fmt: skip
+    with _own_sigterm(), _without_idle_processes():
+        try:
+            start()
+        except Exception as error:
+            if LATE not in str(error):
+                raise
+            logger.warning("Ray did not start in time: once more")
+            ray.shutdown()
+            start()
 
 
 def check_address(address: str) -> None:
@@ -135,7 +153,7 @@ def _ask(address: str, header: dict[str, str] | None = None) -> grpc.StatusCode:
 
 
 @contextlib.contextmanager
-def without_idle_processes() -> Iterator[None]:
+def _without_idle_processes() -> Iterator[None]:
     """Inside, `ray.init` starts a cluster without `IDLE`. Ray's command line has options for these, `ray.init` has none."""
     starts = {name: vars(Node)[name] for name in IDLE if name in vars(Node)}  # a Ray that has other names starts them all
     for name in starts:

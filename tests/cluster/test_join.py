@@ -1,17 +1,20 @@
 """A Ray cluster that cannot be joined is told within seconds, and what to do. What answers here is a stand-in for Ray's GCS."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import ray
 
 from cluster.engine import EngineError
-from cluster.join import QUESTION, check_address
+from cluster.join import LATE, QUESTION, check_address, start_ray
 
 HOST = "127.0.0.2"  # 127.0.0.1 is what Ray puts the outward address for
 DEAD = f"{HOST}:1"
@@ -88,3 +91,26 @@ def test_the_token_at_home_is_found(protected: str, tmp_path: Path) -> None:
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
     assert join(protected, tmp_path) == "joined"
+
+
+@pytest.mark.parametrize(
+    ("faults", "starts"), [((), 1), ((f"The current node {LATE}.",), 2), ((LATE, LATE), 2), (("no such port",), 1)]
+)
+def test_a_ray_of_our_own_that_is_late_is_started_once_more(
+    faults: tuple[str, ...], starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, asked = [*faults], list[dict[str, Any]]()
+
+    def init(**options: Any) -> None:
+        asked.append(options)
+        if left:
+            raise Exception(left.pop(0))  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: asked.append({}))
+    fails = contextlib.nullcontext() if len(faults) < starts else pytest.raises(Exception, match=faults[-1])
+    with fails:
+        start_ray(3, logging_level=40)
+    first = asked[0]
+    assert (first["num_cpus"], first["logging_level"], first["_node_ip_address"]) == (3, 40, HOST)
+    assert asked == [first, *[{}, first] * (starts - 1)], "what is left of the first ends before the second"

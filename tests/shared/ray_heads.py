@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from cluster.join import without_idle_processes
+from cluster.join import start_ray
 from tests.shared.ports import free_ports
 from tests.shared.processes import descendants, wait_gone
 
@@ -24,22 +24,11 @@ PATIENCE_S = 180.0
 @contextlib.contextmanager
 def own_ray(cpus: int) -> Iterator[None]:
     """This process's own, with as few processes as those that Manta starts."""
-    with without_idle_processes():
-        try:
-            _init(cpus)
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()  # Ray gives a node 30 s to start in, which an overloaded machine may not have
-            _init(cpus)
+    start_ray(cpus)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _init(cpus: int) -> None:
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address=HOST)
 
 
 @contextlib.contextmanager
@@ -56,7 +45,7 @@ def ray_head(folder: Path, cpus: int, *options: str, **environment: str) -> Iter
     with contextlib.ExitStack() as stack:
         try:
             address = stack.enter_context(_started(command, folder / "ray.log", environment))
-        except HeadEnded:  # likewise
+        except HeadEnded:  # Ray gives a node 30 s to start in, which an overloaded machine may not have
             address = stack.enter_context(_started(command, folder / "ray.log", environment))
         yield address
 

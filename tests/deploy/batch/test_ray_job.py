@@ -41,8 +41,20 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobSubmissionCl
     options = ("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}")
     with ray_head(tmp_path_factory.mktemp("ray"), 8, *options) as address:
         ray.init(address=address, log_to_driver=False)
-        yield JobSubmissionClient(f"http://127.0.0.1:{port}")
+        yield reached(f"http://127.0.0.1:{port}")
         ray.shutdown()
+
+
+def reached(address: str) -> JobSubmissionClient:
+    """The dashboard comes up after the head."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return JobSubmissionClient(address)
+        except ConnectionError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(ASKED_EVERY_S)
 
 
 def submit(client: JobSubmissionClient, folder: Path, *arguments: str) -> str:

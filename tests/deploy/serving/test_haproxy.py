@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -537,12 +538,14 @@ def test_its_turn_is_taken_by_whoever_has_waited(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(haproxy, "HUNG_S", 0.5)
     file = tmp_path / "second.cfg"
     file.write_text("")
-    if (later := os.fork()) == 0:
+
+    def come_later() -> None:
         haproxy._note(tmp_path / "guard.pid", os.getpid())
         with haproxy._alone(tmp_path):
             (tmp_path / "inside").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
-        os._exit(0)
+
+    later = in_a_child(come_later)
     until("it has not come", lambda: (tmp_path / "inside").exists())
     second = haproxy._take_over(["sleep", "600"], file)
     assert os.waitpid(later, 0)[1] == signal.SIGKILL
@@ -550,6 +553,18 @@ def test_its_turn_is_taken_by_whoever_has_waited(tmp_path: Path, monkeypatch: py
     assert int((tmp_path / "guard.pid").read_text()) == os.getpid()
     second.kill()
     second.wait()
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """The process that does it; its status is 0 then, and not if it raises: this one's child must not go on with the tests."""
+    if (child := os.fork()) == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
 
 
 def requests_in_a_row(door: int, over: threading.Event) -> int:
@@ -583,11 +598,7 @@ def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
 ) -> None:
     """As Serve's manager does without a warning, and its cluster with it."""
     with impatient(tmp_path, monkeypatch, ALONE_S=5.0), doors(tmp_path) as (start, door):
-        parent = os.fork()
-        if parent == 0:
-            start()
-            os._exit(0)
-        os.waitpid(parent, 0)
+        assert os.waitpid(in_a_child(start), 0)[1] == 0
         assert answers(door), "for a while"
         until("they serve on", lambda: not running_by(tmp_path))
 

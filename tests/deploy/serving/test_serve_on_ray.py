@@ -258,12 +258,14 @@ class ResumedStream(Stream):
         return ((event["choices"][0]["text"], event["choices"][0]["finish_reason"]) for event in events)
 
 
-def begin(stub: manta_pb2_grpc.MantaStub, name: str) -> Any:
-    """A call that has answered once."""
-    sampling = pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True)
-    call = stub.Generate(pb.GenerateRequest(request_id=name, prompt=pb.Prompt(text="x"), sampling=sampling), timeout=PATIENCE_S)
-    next(call)
-    return call
+def begin(stub: manta_pb2_grpc.MantaStub, names: list[str]) -> list[Any]:
+    """Calls that have all answered once: on a busy host the first would have ended before the last had begun, one by one."""
+    sampling, prompt = pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True), pb.Prompt(text="x")
+    requests = [pb.GenerateRequest(request_id=name, prompt=prompt, sampling=sampling) for name in names]
+    calls = [stub.Generate(request, timeout=PATIENCE_S) for request in requests]
+    for call in calls:
+        next(call)
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +411,7 @@ def test_a_conversation_goes_on_whichever_replica_is_asked_and_outlives_them(who
 def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoint) -> None:
     stub = manta_pb2_grpc.MantaStub(whole.grpc)
     names = [f"request-{i}" for i in range(4)]  # of two replicas: some are asked for what the other one has
-    with whole.stopped_once_begun(lambda: [begin(stub, name) for name in names]) as calls:
+    with whole.stopped_once_begun(lambda: begin(stub, names)) as calls:
         answers = [stub.Abort(pb.AbortRequest(request_id=name), timeout=PATIENCE_S) for name in names]
     assert [answer.aborted for answer in answers] == [1, 1, 1, 1]
     for call in calls:
