@@ -48,6 +48,9 @@ class NoExecutor:
         self._tokens = StepTokens(np.full(len(step.plan.rows), 5, np.int64))
         return self
 
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> StepTokens:
         return self._tokens
 

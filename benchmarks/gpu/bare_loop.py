@@ -65,6 +65,9 @@ class _TimedPending:
     pending: Pending
     timeline: Timeline
 
+    def done(self) -> bool:
+        return self.pending.done()
+
     def wait(self) -> StepTokens:
         begun = time.perf_counter()
         tokens = self.pending.wait()

@@ -16,7 +16,7 @@ from kvcache.layout import PoolSizes
 from scheduler.protocol.leaders import Command, End, FromLeader
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.adapters import GatheredReads
-from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.leader import Gathered, LinkClosed, come, follow, lead
 from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
 from workers.model.sources.files import Need
@@ -105,11 +105,8 @@ class LocalLink:
         self.host: GroupHost | None = None
         self._group = group
 
-    def receive(self, *, wait: bool) -> list[Command]:
-        received = self.commands.get() if wait else []
-        while not self.commands.empty():
-            received += self.commands.get()
-        return received
+    def receive(self, *, wait_s: float) -> list[Command]:
+        return [command for commands in come(self.commands, wait_s) for command in commands]
 
     def send(self, message: FromLeader) -> None:
         assert self.host is not None, "sent before the start"

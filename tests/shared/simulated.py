@@ -84,6 +84,9 @@ class Ready:
 
     tokens: StepTokens
 
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> StepTokens:
         return self.tokens
 

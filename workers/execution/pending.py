@@ -5,6 +5,7 @@ Imports torch, NumPy and what `rank` calls a pending step.
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +38,28 @@ def measure_prompts(measure: MeasurePrompt, batch: ResidentBatch, step: Launched
     return parts
 
 
+class Arrival(Protocol):
+    """Whether what a device writes to the host is there, as `torch.cuda.Event` says it."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Here:
+    """The `Arrival` of what is there at once."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+
 class DeviceTokens:
     """A step's tokens, read when the host commits it.
 
-    samples: [s] indices in the step of those who sampled. host: [s] their tokens in host memory, once `arrived` has returned.
+    samples: [s] indices in the step of those who sampled. host: [s] their tokens in host memory, once they have arrived.
     prompts: what the step says of prompts.
     """
 
@@ -51,20 +70,23 @@ class DeviceTokens:
         host: Tensor | None,
         logprobs: Logprobs | None,
         prompts: Sequence[PromptPart | PooledPrompt],
-        arrived: Callable[[], None],
+        arrival: Arrival,
     ) -> None:
         self._size = len(step.plan.rows)
         self._samples = samples
         self._host = host
         self._logprobs = logprobs
         self._prompts = prompts
-        self._arrived = arrived
+        self._arrival = arrival
         self._read: StepTokens | None = None
+
+    def done(self) -> bool:
+        return self._read is not None or self._arrival.query()
 
     def wait(self) -> StepTokens:
         """Once or more often; the same answer each time."""
         if self._read is None:
-            self._arrived()
+            self._arrival.synchronize()
             ids = np.zeros(self._size, np.int64)
             payloads = [(part.index, part.payload()) for part in self._prompts]
             if self._host is not None:
@@ -87,6 +109,9 @@ class ConstrainedTokens:
         self._constraints = constraints
         self._allowed = allowed
         self._followed = False
+
+    def done(self) -> bool:
+        return self._tokens.done()
 
     def wait(self) -> StepTokens:
         """Once or more often: by the next constrained step, which needs to know, and when the host commits this one."""

@@ -211,6 +211,11 @@ class ResidentBatch:
 
     # ---- steps
 
+    @property
+    def has_work(self) -> bool:
+        """There is something to compute, if it need not wait for something else."""
+        return bool((np.minimum(self.known, self.granted) > self.computed).any())
+
     def plan(self, held: Sequence[int] = ()) -> StepPlan:
         """held: rows that must not sample yet; they may compute what comes before their last token."""
         granted = self._usable() if self._measured else self.granted

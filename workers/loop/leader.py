@@ -4,14 +4,18 @@ Imports `rank`, `reports` and `scheduler.protocol.leaders`; transports come from
 """
 
 import contextlib
+import math
+import queue
 import threading
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from scheduler.protocol.leaders import Adapts, Command, Moved, Refused, Report, Start
 from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
+
+T = TypeVar("T")
 
 
 class LinkClosed(ConnectionError):
@@ -25,8 +29,8 @@ class SchedulerGone(LinkClosed):
 class SchedulerLink(Protocol):
     """The group's stream to the scheduler: one ordered log down, one numbered stream of reports up, and what has moved."""
 
-    def receive(self, *, wait: bool) -> Sequence[Command]:
-        """The commands that came in since the last call; waits for one if asked. Errors: SchedulerGone."""
+    def receive(self, *, wait_s: float) -> Sequence[Command]:
+        """The commands that came in since the last call; waits for one, for so long at most. Errors: SchedulerGone."""
         ...
 
     def send(self, message: Report | Moved | Refused | Adapts) -> None:
@@ -105,11 +109,13 @@ def lead(
     if reads is not None:
         reads.wake = link.wake
         link.wake()  # for what has been said while nobody listened
+
+    def look(wait_s: float) -> list[Command]:
+        return [*link.receive(wait_s=wait_s), *(reads.take() if reads is not None else ())]
+
     while True:
         slept = rank.idle
-        commands = link.receive(wait=slept)
-        if reads is not None:
-            commands = [*commands, *reads.take()]
+        commands = look(math.inf if slept else 0.0) or rank.look_out(look)
         if slept:
             reporter.wake()
         result = rank.step(begin_turn(rank, feed, commands))
@@ -124,6 +130,15 @@ def lead(
                 link.send(Adapts(reporter.epoch, waited))
         for report in reporter.take(flush=rank.idle):
             link.send(report)
+
+
+def come(received: "queue.SimpleQueue[T]", wait_s: float) -> Iterator[T]:
+    """What has come, after a wait for the first, for so long at most."""
+    if wait_s > 0.0:
+        with contextlib.suppress(queue.Empty):
+            yield received.get(timeout=wait_s if wait_s < math.inf else None)
+    while not received.empty():
+        yield received.get()
 
 
 def begin_turn(rank: Rank, feed: PeerFeed, commands: Sequence[Command]) -> Sequence[int]:

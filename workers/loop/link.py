@@ -20,7 +20,7 @@ from scheduler.protocol.messages import Alive
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
 from workers.loop.adapters import AdapterRead, OnRead
-from workers.loop.leader import LinkClosed, SchedulerGone
+from workers.loop.leader import LinkClosed, SchedulerGone, come
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,15 @@ class SocketLink:
         self._expected = 0
         threading.Thread(target=self._read, name="manta-scheduler-link", daemon=True).start()
 
-    def receive(self, *, wait: bool) -> Sequence[Command]:
+    def receive(self, *, wait_s: float) -> Sequence[Command]:
         commands: list[Command] = []
-        while wait or not self._received.empty():
-            batch = self._received.get()
+        for batch in come(self._received, wait_s):
             if batch is None:
                 self._received.put(None)
                 if not commands:
                     raise SchedulerGone("the scheduler has gone")
                 break  # what it has said before counts: that it closes the log, perhaps
             commands += batch
-            wait = False
         return commands
 
     def send(self, message: Report | Moved | Beat | Refused | Adapts) -> None:

@@ -47,9 +47,11 @@ class Pulse:
         self._slept_s = 0.0
 
     def begin(self, kinds: Sequence[Kind | None]) -> None:
-        """A turn with steps of these kinds under way, the new one included. None: one that may take any time."""
+        """A turn with steps of these kinds under way, the new one included; one that has begun and not ended goes on. None: one
+        that may take any time."""
         self._kind = max((kind for kind in kinds if kind is not None), default=None)
-        self._turn = self._clock(), max(map(self._patience_s, kinds), default=FLOOR_S), self._slept_s
+        began_s, _, slept_s = self._turn or (self._clock(), 0.0, self._slept_s)
+        self._turn = began_s, max(map(self._patience_s, kinds), default=FLOOR_S), slept_s
 
     def end(self, *, committed: bool) -> None:
         """committed: the oldest of the steps was waited for, so the turn took as long as a step does."""

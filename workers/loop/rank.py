@@ -19,6 +19,9 @@ from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.ledger import Ledger
 from workers.loop.pulse import Kind, Pulse, kind_of
 
+LOOK_S = 1e-4
+"""Between two looks whether a step is done while commands are waited for: so much later its tokens may be told."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
@@ -33,6 +36,10 @@ class StepTokens:
 
 class Pending(Protocol):
     """A step whose tokens may still be on the device."""
+
+    def done(self) -> bool:
+        """`wait` would not wait."""
+        ...
 
     def wait(self) -> StepTokens: ...
 
@@ -154,6 +161,17 @@ class Rank:
         """Rows that are to take no sample in the next step: the leader's word, for all ranks, which compile side by side but
         not equally fast."""
         return tuple(self.grammars.opening()) if self.grammars is not None else ()
+
+    def look_out(self, look: Callable[[float], list[Command]]) -> list[Command]:
+        """What comes while all that there is to compute is under way: else the device would have nothing to do from the end of
+        that until the next turn has launched what came meanwhile. Empty once the oldest step is done, or at once if another can
+        be planned. look: given the seconds that it may wait. Errors: whatever it raises."""
+        commands: list[Command] = []
+        if self._under_way and not self.batch.has_work:
+            self.pulse.begin([kind for *_, kind in self._under_way])
+            while not commands and not self._under_way[0][1].done():
+                commands = look(LOOK_S)
+        return commands
 
     def step(self, held: Sequence[int] = ()) -> StepResult | None:
         """Launches one step if there is work, and commits the oldest if enough are under way. held: as the leader has it."""

@@ -1,5 +1,6 @@
 """Who has a slot for its adapter and who waits for one: the same on every rank, and nobody holds up others, or for ever."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -231,11 +232,11 @@ class Script:
         self.sent: list[Report | Moved | Refused | Adapts] = []
         self.woken = 0
 
-    def receive(self, *, wait: bool = True) -> list[Command]:
+    def receive(self, *, wait_s: float) -> list[Command]:
         if self.turns:
             return self.turns.pop(0)
-        assert not wait or self.woken, "an idle group would sleep for ever"
-        self.woken -= wait
+        assert wait_s < math.inf or self.woken, "an idle group would sleep for ever"
+        self.woken -= wait_s == math.inf
         return []
 
     def send(self, message: Report | Moved | Refused | Adapts) -> None:

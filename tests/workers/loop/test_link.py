@@ -1,12 +1,13 @@
 """The sockets of a group: what its ranks say of a transfer reaches the scheduler at once, also while the group sleeps."""
 
+import math
 import threading
 
 import msgspec
 import pytest
 
 from scheduler.protocol.handshake import Stranger, identify, introduce
-from scheduler.protocol.leaders import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
+from scheduler.protocol.leaders import Command, Commands, Drop, End, FromLeader, Hello, LeaseId, Moved, Offload, Report
 from scheduler.protocol.messages import Connect
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket, listen
@@ -14,9 +15,9 @@ from tests.shared.simulated import SimulatedExecutor
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
 from workers.loop import link
 from workers.loop.batch import ResidentBatch
-from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.leader import Gathered, LinkClosed, SchedulerGone, follow, lead
 from workers.loop.link import Greeting, SocketFeed, SocketInbox, SocketLink
-from workers.loop.rank import Rank
+from workers.loop.rank import LOOK_S, Rank
 from workers.loop.reports import Reporter
 from workers.moving.mover import BlockMover
 
@@ -67,7 +68,7 @@ def test_a_scheduler_that_talks_nonsense_counts_as_gone(nonsense: object) -> Non
         other.start()
         link = SocketLink("127.0.0.1", listener.getsockname()[1], TOKEN, Hello(0, 0, blocks=8, max_num_seqs=2))
         with pytest.raises(LinkClosed, match="gone"):
-            link.receive(wait=True)
+            link.receive(wait_s=math.inf)
         link.close()
         other.join()
 
@@ -96,6 +97,23 @@ class Scheduler:
     def close(self) -> None:
         self._socket.close()
         self._listener.close()
+
+
+def test_who_looks_for_commands_for_a_while_hears_them_and_that_the_scheduler_goes() -> None:
+    scheduler = Scheduler()
+    accepting = threading.Thread(target=scheduler.accept)
+    accepting.start()
+    link = SocketLink("127.0.0.1", scheduler.port, TOKEN, Hello(0, 3, 8, 2))
+    accepting.join()
+    assert list(link.receive(wait_s=0.0)) == list(link.receive(wait_s=LOOK_S)) == []
+    scheduler.command(Drop(LeaseId(1)), Drop(LeaseId(2)))
+    assert list(link.receive(wait_s=PATIENCE_S)) == [Drop(LeaseId(1)), Drop(LeaseId(2))]
+    link.wake()
+    assert list(link.receive(wait_s=math.inf)) == [], "woken"
+    scheduler.close()
+    with pytest.raises(SchedulerGone):
+        link.receive(wait_s=PATIENCE_S)
+    link.close()
 
 
 def test_two_ranks_offload_while_their_group_sleeps() -> None:

@@ -44,6 +44,22 @@ def test_the_first_step_of_a_kind_has_time_to_compile() -> None:
     assert loop.turn(0.1, step(4, chunk=60, measured=True)) == FIRST_S, "and the whole vocabulary's logits"
 
 
+def test_a_turn_that_has_begun_goes_on_when_another_step_comes_into_it() -> None:
+    """Its time counts from its begin, also for what it teaches of the kind; how long it may take is asked anew."""
+    loop = Loop()
+    loop.turn(0.02, step(4))
+    loop.pulse.begin([kind_of(step(4))])
+    loop.now_s += 30.0
+    loop.pulse.begin([kind_of(step(4)), kind_of(step(4, chunk=60))])
+    loop.now_s += 20.0
+    busy_s, patience_s = loop.pulse.busy()
+    assert busy_s == pytest.approx(50.0)
+    assert patience_s == FIRST_S
+    loop.pulse.end(committed=True)
+    assert loop.turn(1.0, step(4, chunk=60)) == pytest.approx(FACTOR * 50.0)
+    assert loop.pulse.busy() == (0.0, 0.0), "and the next begins anew"
+
+
 def test_one_of_another_size_is_given_what_its_tokens_take_and_time_for_a_kernel() -> None:
     loop = Loop()
     loop.turn(0.02, step(4))

@@ -1,6 +1,9 @@
 """The verbs of one rank: plan, execute, commit, with none or one step under way while the next is planned."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ from scheduler.protocol.messages import FinishReason
 from tests.shared.simulated import SimulatedExecutor, continuation
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.leader import begin_turn, follow, lead
-from workers.loop.rank import Pending, Rank, StepResult, StepTokens
+from workers.loop.leader import SchedulerGone, abandon, begin_turn, follow, lead
+from workers.loop.rank import LOOK_S, Executor, Pending, Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
 
 
@@ -39,6 +42,9 @@ class Recorder:
         self.calls.append(f"execute {step.plan.rows.tolist()}")
         self._rows = len(step.plan.rows)
         return self
+
+    def done(self) -> bool:
+        return True
 
     def wait(self) -> StepTokens:
         self._next += 1
@@ -112,15 +118,17 @@ def test_a_step_of_a_dropped_lease_is_committed_as_dead() -> None:
 
 
 class Script:
-    """A scheduler link: commands from a list, reports into one."""
+    """A scheduler link: commands from a list, an item each time that it is asked, reports into one. waits: how it was asked."""
 
     def __init__(self, *turns: list[Command]) -> None:
         self.turns = list(turns)
         self.sent: list[int] = []
+        self.waits: list[float] = []
 
-    def receive(self, *, wait: bool = True) -> list[Command]:
+    def receive(self, *, wait_s: float) -> list[Command]:
+        self.waits.append(wait_s)
         if not self.turns:
-            assert not wait, "an idle group would sleep for ever"
+            assert wait_s < math.inf, "an idle group would sleep for ever"
             return []
         return self.turns.pop(0)
 
@@ -176,6 +184,139 @@ def test_a_peer_that_makes_the_leader_s_turns_has_the_leader_s_batch(depth: int)
     for name in ("lease", "known", "computed", "granted"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
     assert (leader.batch.full.ids == peer.batch.full.ids).all()
+
+
+@dataclass
+class Late:
+    """A step that is done when it has been asked so often."""
+
+    pending: Pending
+    asked: int
+    on_read: Callable[[], None]
+
+    def done(self) -> bool:
+        self.asked -= 1
+        return self.asked < 0
+
+    def wait(self) -> StepTokens:
+        self.on_read()
+        return self.pending.wait()
+
+
+class Device:
+    """An executor whose steps take a while. asked: how often each is asked before it is done. events: what was launched and
+    read, by the step's number, and what was admitted, by row."""
+
+    def __init__(self, executor: Executor, asked: int) -> None:
+        self.events: list[str] = []
+        self._executor, self._asked = executor, asked
+        self._steps = itertools.count()
+        self.release, self.copy, self.close = executor.release, executor.copy, executor.close
+
+    def admit(self, start: Start) -> None:
+        self.events.append(f"admit {start.lease & 0xFFFF}")
+        self._executor.admit(start)
+
+    def execute(self, batch: ResidentBatch, step: Launched) -> Late:
+        number = next(self._steps)
+        self.events.append(f"launch {number}")
+        pending = self._executor.execute(batch, step)
+        return Late(pending, self._asked, lambda: self.events.append(f"read {number}"))
+
+
+def on_device(asked: int, depth: int = 1, budget: int = 64) -> tuple[Rank, Device]:
+    device = Device(SimulatedExecutor(8, 4, 3, 50), asked)
+    return Rank(ResidentBatch(3, 4, budget, 32), device, depth), device
+
+
+def test_what_comes_while_all_there_is_to_compute_is_under_way_is_launched_before_that_is_read() -> None:
+    leader, device = on_device(asked=5)
+    first, second = start(lease(1, 0), tokens=2, max_tokens=1), start(lease(2, 1), tokens=2, blocks=(2, 3), max_tokens=1)
+    script = Script([first], [], [], [], [second], *[[]] * 8, [End("done")])
+    assert lead(leader, script, Feed(), Reporter(0)) == "done"
+    assert device.events == ["admit 0", "launch 0", "admit 1", "launch 1", "read 0", "read 1"]
+
+
+def test_a_step_that_is_done_is_read_though_nothing_has_come() -> None:
+    leader, device = on_device(asked=3)
+    script = Script([start(lease(1, 0), tokens=2, max_tokens=1)], *[[]] * 5, [End("done")])
+    assert lead(leader, script, Feed(), Reporter(0)) == "done"
+    assert device.events == ["admit 0", "launch 0", "read 0"]
+    assert script.waits == [math.inf, 0.0, *[LOOK_S] * 3, 0.0, math.inf]
+
+
+def test_nobody_looks_out_for_commands_while_there_is_more_to_compute() -> None:
+    leader, device = on_device(asked=100, budget=2)
+    script = Script([start(lease(1, 0), tokens=7, max_tokens=1)], [], [], [], [], *[[]] * 200, [End("done")])
+    assert lead(leader, script, Feed(), Reporter(0)) == "done"
+    assert script.waits[:4] == [math.inf, 0.0, 0.0, 0.0], "three chunks of two, and the last"
+    assert device.events[:6] == ["admit 0", "launch 0", "launch 1", "read 0", "launch 2", "read 1"]
+
+
+def test_what_waits_for_a_grammar_is_not_looked_out_from() -> None:
+    """A row that is held has work: once its grammar is there it is planned at once, without a command."""
+    leader, _ = on_device(asked=100)
+    leader.grammars = Compiling(0, 3)
+    script = Script([start(lease(1, 0), tokens=6, max_tokens=1, grammar=DIGITS)], *[[]] * 200, [End("done")])
+    assert lead(leader, script, Feed(), Reporter(0)) == "done"
+    assert LOOK_S not in script.waits[:4]
+
+
+def test_a_loop_that_looks_out_is_in_a_step_all_the_while() -> None:
+    """Else a device that never ends it would keep the group in silence that nobody counts."""
+    leader, device = on_device(asked=4)
+    assert leader.turn([start(lease(1, 0), tokens=2, max_tokens=1)]) is None
+    assert leader.pulse.busy() == (0.0, 0.0)
+    busy: list[tuple[float, float]] = []
+
+    def look(wait_s: float) -> list[Command]:
+        assert wait_s == LOOK_S
+        busy.append(leader.pulse.busy())
+        return []
+
+    assert leader.look_out(look) == []
+    assert len(busy) == 4
+    assert all(patience_s > 0.0 for _, patience_s in busy)
+    assert [took_s for took_s, _ in busy] == sorted(took_s for took_s, _ in busy)
+    assert leader.pulse.busy()[0] >= busy[-1][0], "what follows is the same turn"
+    assert leader.turn([]) is not None
+    assert leader.pulse.busy() == (0.0, 0.0)
+    assert device.events[-1] == "read 0"
+
+
+def test_a_scheduler_that_goes_while_it_is_listened_for_leaves_a_batch_that_can_be_emptied() -> None:
+    leader, device = on_device(asked=9)
+    script = Script([start(lease(1, 0), tokens=2, max_tokens=1)], [], [])
+
+    def gone(*, wait_s: float) -> list[Command]:
+        if not script.turns:
+            raise SchedulerGone("it has gone")
+        return Script.receive(script, wait_s=wait_s)
+
+    script.receive = gone  # type: ignore[method-assign]
+    feed = Feed()
+    with pytest.raises(SchedulerGone):
+        lead(leader, script, feed, Reporter(0))
+    assert device.events[-1] == "launch 0"
+    abandon(leader, feed)
+    assert device.events[-1] == "read 0"
+    assert leader.idle
+    assert leader.batch.lease.tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2, 7])
+@pytest.mark.parametrize("peer_asked", [0, 5])
+def test_peers_need_not_look_out_to_make_the_leader_s_turns(asked: int, peer_asked: int) -> None:
+    """Whether a step is done is each device's own; which turn commits it is the leader's word."""
+    (leader, device), (peer, peer_device), feed = on_device(asked), on_device(peer_asked), Feed()
+    first, second = start(lease(1, 0), tokens=5, max_tokens=2), start(lease(2, 1), tokens=3, blocks=(4, 5), max_tokens=3)
+    script = Script([first], [], [second], [], [], [], [Drop(lease(2, 1))], *[[]] * 30, [End("done")])
+    assert lead(leader, script, feed, Reporter(0)) == "done"
+    assert follow(peer, feed) == "done"
+    for name in ("lease", "known", "computed", "granted"):
+        assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
+    assert (leader.batch.full.ids == peer.batch.full.ids).all()
+    assert device.events == peer_device.events
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -1,5 +1,6 @@
 """Reports: which steps travel together, how they are numbered, and what they say of each lease."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -146,8 +147,8 @@ class Sleeper:
         self.sent: list[Report] = []
         self.commands: list[list[Command]] = [[start(lease(1, 0), 6, max_tokens=2)], [End("enough")]]
 
-    def receive(self, *, wait: bool) -> list[Command]:
-        if not wait:
+    def receive(self, *, wait_s: float) -> list[Command]:
+        if wait_s < math.inf:
             self.now_s += 0.01  # a step
             return []
         self.now_s += 100.0

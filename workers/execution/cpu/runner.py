@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Start
 from workers.execution.cpu.inputs import build_step
-from workers.execution.pending import DeviceTokens, Following, measure_prompts
+from workers.execution.pending import DeviceTokens, Following, Here, measure_prompts
 from workers.execution.pooling import PooledPrompt, Pooler
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
@@ -86,13 +86,13 @@ class ModelRunner:
         measured = measure_prompts(self._sampler.measure_prompt, batch, step, logits[len(samples) :])
         prompts: list[PromptPart | PooledPrompt] = [*measured, *pooled]
         if not len(samples):
-            return DeviceTokens(step, samples, None, None, prompts, _done)
+            return DeviceTokens(step, samples, None, None, prompts, Here())
         rows = step.plan.rows[samples]
         allowed = self._following.allowed(rows)
         sampled = self._sampler.sample(logits[: len(samples)], rows, step.first[samples] + step.plan.counts[samples], allowed)
         # NO_TOKEN ends the sequence once the host sees it; until then its row goes on with an id that can be embedded.
         self._last_tokens[torch.from_numpy(rows)] = sampled.tokens.clamp(min=0)
-        tokens = DeviceTokens(step, samples, sampled.tokens, sampled.logprobs, prompts, _done)
+        tokens = DeviceTokens(step, samples, sampled.tokens, sampled.logprobs, prompts, Here())
         return self._following.pending(tokens, samples, allowed)
 
     def _forward(self, inputs: StepInput, step: Launched) -> tuple[Tensor, list[PooledPrompt]]:
@@ -103,7 +103,3 @@ class ModelRunner:
         hidden = self._pools.hidden(inputs)
         others = len(hidden) - step.pooled_tokens
         return self._pools.logits(hidden[:others]), self._pooler.pool(step, hidden[others:])
-
-
-def _done() -> None:
-    """There is nothing to wait for."""

@@ -3,12 +3,12 @@
 Imports torch and NumPy.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from workers.execution.pending import Arrival, Here
 
 Int32s = npt.NDArray[np.int32]
 
@@ -36,13 +36,13 @@ class PinnedRing:
             self._buffers[self._turn] = self._allocate(2 * size)
         return self._buffers[self._turn][:size]
 
-    def used(self) -> Callable[[], None]:
-        """What reads or writes it has been launched. Returns what waits for that."""
+    def used(self) -> Arrival:
+        """What reads or writes it has been launched. Returns when that is over."""
         if not self._on_gpu:
-            return lambda: None
+            return Here()
         event = self._events[self._turn]
         event.record()
-        return event.synchronize
+        return event
 
     def send(self, values: Int32s, target: Tensor) -> None:
         """Launches a copy of values [n] to the first n of `target`, which must be on the device."""

@@ -28,7 +28,7 @@ from workers.execution.gpu.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.gpu.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.gpu.graphs import SMALL_STEP, StepGraphs
 from workers.execution.gpu.pinned import PinnedRing
-from workers.execution.pending import DeviceTokens, Following, measure_prompts
+from workers.execution.pending import Arrival, DeviceTokens, Following, measure_prompts
 from workers.execution.pooling import PooledPrompt, Pooler
 from workers.kernels.attention.prefixes import SharedPrefixes
 from workers.kernels.batch import tell
@@ -82,6 +82,21 @@ class Narrow(NamedTuple):
     pool: KVPool
     attention: PagedAttention
     small: PagedAttention
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """An `Arrival` that raises what kept the step from ending as it should. check: raises it."""
+
+    arrival: Arrival
+    check: Callable[[], None]
+
+    def query(self) -> bool:
+        return self.arrival.query()
+
+    def synchronize(self) -> None:
+        self.arrival.synchronize()
+        self.check()
 
 
 class GpuRunner:
@@ -348,10 +363,4 @@ class GpuRunner:
         logprobs = None
         if self._sampler.measures(rows):
             logprobs = self._sampler.measure([part.drawn() for part in parts], rows)
-        told = self._ring.used()
-
-        def arrived() -> None:
-            told()
-            self._check()
-
-        return DeviceTokens(step, samples, host, logprobs, prompts, arrived)
+        return DeviceTokens(step, samples, host, logprobs, prompts, _Checked(self._ring.used(), self._check))
