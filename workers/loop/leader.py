@@ -115,7 +115,7 @@ def lead(
 
     while True:
         slept = rank.idle
-        commands = look(math.inf if slept else 0.0) or rank.look_out(look)
+        commands = rank.look_out(look(math.inf if slept else 0.0), look)
         if slept:
             reporter.wake()
         result = rank.step(begin_turn(rank, feed, commands))

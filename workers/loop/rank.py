@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.protocol.leaders import ROW_MASK, Adapted, Command, Copy, Drop, LeaseId, Movement, Start
+from scheduler.protocol.leaders import ROW_MASK, Adapted, Command, Copy, Drop, LeaseId, Movement, Remap, Start, Trim
 from scheduler.protocol.messages import FinishReason
 from workers.loop.adapters import Residency
 from workers.loop.batch import Launched, ResidentBatch
@@ -21,6 +21,9 @@ from workers.loop.pulse import Kind, Pulse, kind_of
 
 LOOK_S = 1e-4
 """Between two looks whether a step is done while commands are waited for: so much later its tokens may be told."""
+
+TAKING = (Drop, Remap, Trim)
+"""Commands that give nobody anything to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +165,15 @@ class Rank:
         not equally fast."""
         return tuple(self.grammars.opening()) if self.grammars is not None else ()
 
-    def look_out(self, look: Callable[[float], list[Command]]) -> list[Command]:
-        """What comes while all that there is to compute is under way: else the device would have nothing to do from the end of
-        that until the next turn has launched what came meanwhile. Empty once the oldest step is done, or at once if another can
-        be planned. look: given the seconds that it may wait. Errors: whatever it raises."""
-        commands: list[Command] = []
+    def look_out(self, commands: Sequence[Command], look: Callable[[float], list[Command]]) -> Sequence[Command]:
+        """commands: what has come. With what comes while all that there is to compute is under way: else the device would have
+        nothing to do from the end of that until the next turn has launched what came meanwhile. Ends with what may give
+        something to compute, or once the oldest step is done. look: given the seconds that it may wait. Errors: whatever it
+        raises."""
         if self._under_way and not self.batch.has_work:
             self.pulse.begin([kind for *_, kind in self._under_way])
-            while not commands and not self._under_way[0][1].done():
-                commands = look(LOOK_S)
+            while all(isinstance(command, TAKING) for command in commands) and not self._under_way[0][1].done():
+                commands = [*commands, *look(LOOK_S)]
         return commands
 
     def step(self, held: Sequence[int] = ()) -> StepResult | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from scheduler.protocol.leaders import Adapts, Command, Copy, Drop, End, Moved, Refused, Report, Start
+from scheduler.protocol.leaders import Adapts, Command, Copy, Drop, End, Moved, Refused, Remap, Report, Start, Trim
 from scheduler.protocol.messages import FinishReason
 from tests.shared.simulated import SimulatedExecutor, continuation
 from tests.workers.loop.test_batch import DIGITS, lease, start
@@ -237,6 +237,17 @@ def test_what_comes_while_all_there_is_to_compute_is_under_way_is_launched_befor
     assert device.events == ["admit 0", "launch 0", "admit 1", "launch 1", "read 0", "read 1"]
 
 
+@pytest.mark.parametrize("taken", [Drop(lease(2, 1)), Remap(lease(2, 1), 0, 5), Trim(lease(2, 1), 1)])
+@pytest.mark.parametrize("waits", [0, 2])
+def test_what_only_takes_is_no_reason_to_wait_for_the_step_under_way(taken: Command, waits: int) -> None:
+    """It is applied with what comes after it, in the order of the log."""
+    leader, device = on_device(asked=9)
+    first, second, third = (start(lease(at, at - 1), tokens=2, blocks=(2 * at, 2 * at + 1), max_tokens=1) for at in (1, 2, 3))
+    script = Script([first, second], *[[]] * waits, [taken], [], [], [third], *[[]] * 12, [End("done")])
+    assert lead(leader, script, Feed(), Reporter(0)) == "done"
+    assert device.events == ["admit 0", "admit 1", "launch 0", "admit 2", "launch 1", "read 0", "read 1"]
+
+
 def test_a_step_that_is_done_is_read_though_nothing_has_come() -> None:
     leader, device = on_device(asked=3)
     script = Script([start(lease(1, 0), tokens=2, max_tokens=1)], *[[]] * 5, [End("done")])
@@ -274,7 +285,7 @@ def test_a_loop_that_looks_out_is_in_a_step_all_the_while() -> None:
         busy.append(leader.pulse.busy())
         return []
 
-    assert leader.look_out(look) == []
+    assert leader.look_out([], look) == []
     assert len(busy) == 4
     assert all(patience_s > 0.0 for _, patience_s in busy)
     assert [took_s for took_s, _ in busy] == sorted(took_s for took_s, _ in busy)
