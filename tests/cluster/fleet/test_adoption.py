@@ -26,6 +26,7 @@ from cluster.fleet.ownership.remains import Found, end, find, latest_scheduler
 from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
+from deploy.frontend import frontend
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
@@ -113,7 +114,8 @@ def placements() -> list[str]:
 
 @contextlib.contextmanager
 def front_end(**options: int) -> Iterator[FrontEnd]:
-    """Connected to the scheduler of that configuration."""
+    """Connected to the scheduler of that configuration, and for longer than users are if there is none: here the next one waits
+    for a process that has yet to start."""
 
     def connect(on_deltas: OnDeltas, on_failure: OnFailure) -> SchedulerStream:
         scheduler: Any = latest_scheduler(NAMESPACE, version(config(**options)))
@@ -124,10 +126,9 @@ def front_end(**options: int) -> Iterator[FrontEnd]:
             raise EngineError("there is none, or it does not listen yet") from error
 
     opened = FrontEnd(connect, read_model_limits(TINY, None), None)
-    try:
+    with pytest.MonkeyPatch.context() as patched, contextlib.closing(opened):
+        patched.setattr(frontend, "REACH_TIMEOUT_S", PATIENCE_S)
         yield opened
-    finally:
-        opened.close()
 
 
 def submit(opened: FrontEnd) -> list[Generation]:

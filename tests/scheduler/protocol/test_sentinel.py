@@ -48,6 +48,18 @@ def watched() -> Iterator[Callable[..., tuple[int, int]]]:
         process.communicate()
 
 
+def looks(beside: int) -> int:
+    """How often a sentinel has gone to sleep: it looks in between."""
+    [line] = [line for line in Path(f"/proc/{beside}/status").read_text().splitlines() if line.startswith("voluntary_ctxt")]
+    return int(line.split()[1])
+
+
+def let_look(beside: int, times: int) -> None:
+    """Waits until a sentinel has looked so often, or has gone."""
+    before = looks(beside)
+    until("nobody looks", lambda: not alive([beside]) or looks(beside) > before + times, patience_s=PATIENCE_S)
+
+
 def test_who_is_stopped_is_woken(watched: Callable[..., tuple[int, int]]) -> None:
     """Twice at once, which its sentinel may take for one stop, and again when it has been seen to go on."""
     process, beside = watched(stopped_s=1.5)
@@ -55,7 +67,7 @@ def test_who_is_stopped_is_woken(watched: Callable[..., tuple[int, int]]) -> Non
         for _ in range(2):
             os.kill(process, signal.SIGSTOP)
             until("it does not go on", lambda: sentinel.stopped(process) is None, patience_s=PATIENCE_S)
-        time.sleep(LONG_ENOUGH_S)
+        let_look(beside, 6)
         assert alive([process, beside])
 
 
