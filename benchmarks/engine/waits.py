@@ -16,14 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.gpu import works as all_works
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import names_of, positive
 from benchmarks.shared.report import Spread, table
+from scheduler.protocol.leaders import Start
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.rank import Rank, StepTokens
 
 WORKS = ("prefill", "batch_1", "batch_32")
 CODE = "import sys; sys.path[:] = {path!r}; from benchmarks.engine.waits import child; child({descriptor})"
@@ -41,12 +46,12 @@ class Clock:
     log: Path
     ends_s: float = 0.0
 
-    def admit(self, start: Any) -> None: ...
+    def admit(self, start: Start) -> None: ...
     def release(self, row: int) -> None: ...
     def copy(self, source: int, target: int, tokens: int, *, narrow: bool = False) -> None: ...
     def close(self) -> None: ...
 
-    def execute(self, batch: Any, step: Any) -> "Timed":
+    def execute(self, batch: ResidentBatch, step: Launched) -> "Timed":
         del batch
         tokens = int(step.plan.counts.sum())
         begins_s = max(self.ends_s, time.monotonic())
@@ -54,33 +59,27 @@ class Clock:
         return Timed(self, len(step.plan.rows), (begins_s, self.ends_s))
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Timed:
+    """A step. span_s: its begin and end, which the log is told when the host has waited for it."""
+
     clock: Clock
     rows: int
     span_s: Span
-    told: bool = field(default=False)
 
     def done(self) -> bool:
         return time.monotonic() >= self.span_s[1]
 
-    def wait(self) -> Any:
-        import numpy as np
-
-        from workers.loop.rank import StepTokens
-
+    def wait(self) -> StepTokens:
         time.sleep(max(0.0, self.span_s[1] - time.monotonic()))
-        if not self.told:
-            self.told = True
-            with self.clock.log.open("a") as log:
-                log.write(json.dumps(self.span_s) + "\n")
+        with self.clock.log.open("a") as log:
+            log.write(json.dumps(self.span_s) + "\n")
         return StepTokens(np.full(self.rows, 5, np.int64))
 
 
 def child(descriptor: int) -> None:
     """The process of the step loop."""
     from cluster.local import groups, process
-    from workers.loop.rank import Rank
 
     asked = json.loads(os.environ["MANTA_WAITS"])
     build = groups.build_rank  # type: ignore[attr-defined]
